@@ -1,0 +1,42 @@
+# make demo   train on drawn pedestrians and report       make lab    JupyterLab on the notebooks
+# make test   every check and every notebook               make docs   the documentation site (needs quarto)
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+DEV    := $(VENV)/.ready-dev
+
+.PHONY: demo test lab docs readme clean
+
+demo: $(READY)
+	$(BIN)/pclclip_demo --logs-dir runs/demo
+
+test: $(DEV)
+	$(BIN)/python .ci/check.py
+
+lab: $(DEV)
+	cd nbs && ../$(BIN)/jupyter lab
+
+docs: $(DEV)
+	@command -v quarto >/dev/null || { echo "make docs needs the program quarto: get it from https://quarto.org/docs/get-started and run make docs again"; exit 1; }
+	$(BIN)/nbdev_docs
+
+readme: $(DEV)
+	$(BIN)/python .ci/check.py readme
+
+clean:
+	rm -rf $(VENV) _proc _docs
+
+$(VENV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): settings.ini setup.py | $(VENV)
+	@echo "Installing into $(VENV): a few minutes and 8 GB, once"
+	@if [ -e $(DEV) ]; then $(BIN)/pip install -q -e '.[dev]' && touch $(DEV); else $(BIN)/pip install -q -e .; fi
+	@touch $@
+
+$(DEV): settings.ini setup.py | $(VENV)
+	@echo "Installing into $(VENV): a few minutes and 8 GB, once"
+	@$(BIN)/pip install -q -e '.[dev]'
+	@touch $(READY) $@
