@@ -19,19 +19,10 @@ from fastcore.docments import docments
 from PIL import Image
 
 from .clip_backbone import clip_backbone, extract_features, load_backbone, load_weights
-from .data import SPECS, check_images, check_protocol, read_csv, read_dataset, read_folder
-from pclclip_nb.eval_viz import (
-    Ranking,
-    aligned_umap,
-    evaluate,
-    plot_cmc,
-    plot_epochs,
-    plot_history,
-    rank_gallery,
-    read_run,
-    show_strips,
-)
+from .data import SPECS, check_protocol, read_csv, read_dataset, read_folder
+from .eval_viz import evaluate, plot_cmc, rank_gallery, show_strips
 from .loading import test_loader
+from .run_viz import aligned_umap, plot_epochs, plot_history, read_run
 from .synthetic import make_synthetic_reid
 from .tiny_clip import NAME, tiny_clip_weights
 from .train import EpochResult, TrainConfig, train

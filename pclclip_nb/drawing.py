@@ -7,6 +7,7 @@ __all__ = ['PALETTE', 'HAIR', 'SKIN', 'ATTRIBUTES', 'Person', 'person_world', 'r
            'random_camera', 'draw_person']
 
 # %% ../nbs/00a_drawing.ipynb #7b8ec2af
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -105,7 +106,7 @@ def caption(
         text += f" wearing a {p.hat_colour} {p.hat}"
     if p.bag != "none" and keep():
         text += f" carrying a {p.bag_colour} {p.bag}"
-    return text
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 # %% ../nbs/00a_drawing.ipynb #5555a927
 _TOP = 254  # alpha where the top is seen; 255 for the rest of a body

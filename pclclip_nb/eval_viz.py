@@ -80,8 +80,9 @@ def _same_camera(q_camid, g_camids):
     return (g_camids == q_camid) & (q_camid >= 0)
 
 
-def _score(blocks, q_pids, g_pids, q_camids, g_camids, topk):
+def _score(blocks, ids, topk):
     "A `Ranking` from blocks (first query, (B, G) distances); a block may be overwritten"
+    q_pids, g_pids, q_camids, g_camids = ids
     Q = len(q_pids)
     ap, inp, first = np.full(Q, np.nan), np.full(Q, np.nan), np.zeros(Q, np.int64)
     for start, block in blocks:
@@ -115,7 +116,7 @@ def evaluate_distances(
         raise ValueError("distmat has NaN or inf: repair the features first")
     ids = _check_ids(q_pids, g_pids, q_camids, g_camids, *distmat.shape)
     rows = ((q, row[None].astype(np.result_type(row, np.float32))) for q, row in enumerate(distmat))  # copies
-    return _score(rows, *ids, topk)
+    return _score(rows, ids, topk)
 
 # %% ../nbs/05_eval_viz.ipynb #63ef08c2
 def _distance_blocks(qf, gf, block):
@@ -139,7 +140,7 @@ def evaluate(
     "Scores of query features against gallery features, by Euclidean distance; raises ValueError on bad shapes and NaN"
     qf, gf = _check_pair(qf, gf)
     ids = _check_ids(q_pids, g_pids, q_camids, g_camids, len(qf), len(gf))
-    return _score(_distance_blocks(qf, gf, block), *ids, topk)
+    return _score(_distance_blocks(qf, gf, block), ids, topk)
 
 # %% ../nbs/05_eval_viz.ipynb #dfbfa56b
 def plot_cmc(
@@ -202,17 +203,15 @@ def show_strips(
     "Ranked strips: the query at the left, right answers framed green, wrong ones red"
     ranked = np.column_stack([np.asarray(query_rows), np.asarray(ranked_rows)])
     S, k = ranked.shape
-    fig, axes = plt.subplots(S, k, figsize=(width * k, 2.15 * width * S), dpi=72, squeeze=False)
-    for (s, x), row in np.ndenumerate(ranked):
+    fig, _ = plt.subplots(S, k, figsize=(width * k, 2.15 * width * S), dpi=72)
+    for i, (ax, row) in enumerate(zip(fig.axes, ranked.ravel(), strict=True)):
+        query, person = table.iloc[ranked[i // k, 0]], table.iloc[row]
         if row < 0:
-            axes[s, x].axis("off")
-        elif x == 0:
-            _show_image(axes[s, x], table.iloc[row], f"pid {table.pid.iloc[row]}", "#333333", 1.5)
+            ax.axis("off")
+        elif i % k == 0:
+            _show_image(ax, query, f"pid {query.pid}", "#333333", 1.5)
         else:
-            right = table.pid.iloc[row] == table.pid.iloc[ranked[s, 0]]
-            _show_image(
-                axes[s, x], table.iloc[row], f"cam {table.camid.iloc[row]}", "#2e9e5b" if right else "#d1394b", 3
-            )
+            _show_image(ax, person, f"cam {person.camid}", "#2e9e5b" if person.pid == query.pid else "#d1394b", 3)
     fig.tight_layout(pad=0.3, w_pad=0.4)
     return fig
 

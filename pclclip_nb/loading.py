@@ -224,7 +224,7 @@ class PKSampler(Sampler):
 
 # %% ../nbs/00b_loading.ipynb #c6eb3812
 def _array(x):
-    return torch.as_tensor(x).cpu().numpy()
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
 
 
 def _clusters(labels, camids, batch_size, k):

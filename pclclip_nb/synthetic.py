@@ -88,8 +88,8 @@ def make_synthetic_reid(
     n_test: int = 100,  # test identities, >= 1
     n_cams: int = 6,  # cameras, 2 to 6
     per_id: int = 12,  # images per identity, >= 2
-    camera_shift: float = 1.0,  # how far cameras differ, >= 0, see `random_camera`
-    clutter: float = 1.0,  # how far images differ, >= 0, see `draw_person`
+    camera_shift: float = 1.5,  # difficulty: how far cameras differ, >= 0, see `pclclip_nb.drawing.random_camera`
+    clutter: float = 1.0,  # how far images differ, >= 0, see `pclclip_nb.drawing.draw_person`
     n_distractors: int = 60,  # gallery people without a query (pid 0); a third as many junk boxes are written
     seed: int = 0,  # same seed, same bytes
     progress: bool = True,  # show a progress bar on stderr
