@@ -123,7 +123,6 @@ def main():
             "README in sync": readme_in_sync,
             "ruff check": lambda: failed(run(BIN / "ruff", "check", "-q", ".")),
             "ruff format": lambda: failed(run(BIN / "ruff", "format", "-q", "--check", "nbs")),
-            "mypy": lambda: failed(run(BIN / "mypy")),
             "imports in a fresh process": fresh_imports,
             "docs processed, internal links": lambda: docs(copy),
         }

@@ -22,7 +22,7 @@ from .clip_backbone import clip_backbone, extract_features, load_backbone, load_
 from .data import SPECS, check_protocol, read_csv, read_dataset, read_folder
 from .eval_viz import evaluate, plot_cmc, rank_gallery, show_strips
 from .loading import test_loader
-from .run_viz import aligned_umap, plot_epochs, plot_history, read_run
+from .run_viz import aligned_umap, epoch_caption, plot_epochs, plot_history, read_run
 from .synthetic import make_synthetic_reid
 from .tiny_clip import NAME, tiny_clip_weights
 from .train import EpochResult, TrainConfig, train
@@ -351,15 +351,15 @@ DEMO = TrainConfig(
     k2=4,
     batch_size=128,
     num_instances=8,
-    iters=40,
-    epochs=6,
-    lr=3e-5,
+    iters=60,
+    epochs=8,
+    lr=1e-4,
     optimizer="adam",
     warmup_epochs=0,
-    milestones=(),
+    milestones=(6,),
     feature_precision="auto",
-    workers=2,
-)
+    workers=0,
+)  # on two cores a second process would only take them from the network
 
 
 def demo(
@@ -370,7 +370,7 @@ def demo(
     add = parser.add_argument
     add("--logs-dir", default="runs/demo", help="run folder; the images go to its folder data (default: runs/demo)")
     add("--seed", type=int, default=1, help="of data and training (default: 1)")
-    add("--ids", type=int, default=150, help="training identities (default: 150)")
+    add("--ids", type=int, default=100, help="training identities (default: 100)")
     add("--camera-shift", type=float, default=1.0, help="how far the cameras differ (default: 1)")
     add("--epochs", type=int, default=DEMO.epochs, help=f"rounds of clustering and training (default: {DEMO.epochs})")
     add("-j", "--workers", type=int, default=DEMO.workers, help=f"processes that read images (default: {DEMO.workers})")
@@ -398,8 +398,8 @@ def _run_figures(run_dir):
     "clusters.png and history.png of a run"
     run = read_run(run_dir)
     pids = run.images.pid.to_numpy()
-    labels = [y[run.rows] for y in run.labels]
-    fig = plot_epochs(aligned_umap(run.features), labels, pids[run.rows], run.epochs)
+    labels, captions = [y[run.rows] for y in run.labels], [epoch_caption(y, pids) for y in run.labels]
+    fig = plot_epochs(aligned_umap(run.features), labels, pids[run.rows], run.epochs, captions)
     fig.savefig(run_dir / "figures" / "clusters.png", dpi=110, bbox_inches="tight")
     plot_history(run.history, len(set(pids))).savefig(run_dir / "figures" / "history.png", dpi=100, bbox_inches="tight")
     plt.close("all")

@@ -333,12 +333,14 @@ def _place(rng, shift):
 def random_camera(
     rng: np.random.Generator,  # source of randomness
     shift: float = 1.0,  # how far cameras differ, >= 0; 0 = neutral photometry
+    where: np.ndarray | None = None,  # (6,) gain, gamma, zoom and cast of R, G, B on a scale of -1..1; None = random
 ) -> Camera:  # a camera
     "Draw a camera"
     if shift < 0:
         raise ValueError(f"shift is {shift}: it scales the differences between cameras, use 0 or more")
-    gain, gamma, zoom = rng.uniform(-1, 1, 3)
-    cast = 1 + 0.06 * shift * rng.uniform(-1, 1, 3)
+    drawn = rng.uniform(-1, 1, 6)
+    gain, gamma, zoom, *cast = drawn if where is None else where
+    cast = 1 + 0.06 * shift * np.array(cast)
     light = dict(
         gain=max(0.2, 1 + 0.18 * shift * gain),
         cast=tuple(cast.round(3).tolist()),

@@ -55,6 +55,13 @@ def _plan(n_train, n_test, n_cams, per_id, n_distractors, seed):
         rows += [(_FOLDERS["gallery"], pid, k % n_cams, person, k) for pid in ([0] if k % 3 else [0, -1])]
     return rows
 
+# %% ../nbs/00a_synthetic.ipynb #e62fdc87
+def _cameras(n, shift, seed):
+    "n cameras whose every quantity is spread evenly over its range, so that no seed is much harder than another"
+    where = np.tile(np.linspace(-1, 1, n), (6, 1))
+    where = np.random.default_rng([seed, 4]).permuted(where, axis=1).T
+    return [random_camera(np.random.default_rng([seed, 2, c]), shift, where[c]) for c in range(n)]
+
 # %% ../nbs/00a_synthetic.ipynb #b441d61a
 _LIMITS = dict(n_train=(1, 1400), n_test=(1, 1400), n_cams=(2, 6), per_id=(2, 9999), n_distractors=(0, 9999))
 _LIMITS |= dict(camera_shift=(0, 10), clutter=(0, 10), seed=(0, 2**32))
@@ -84,18 +91,18 @@ def _finished(dest, root, settings):
 
 def make_synthetic_reid(
     dest: str | Path,  # data folder, made if missing; the tree goes to `dest/Market-1501-v15.09.15`
-    n_train: int = 150,  # training identities, >= 1
+    n_train: int = 100,  # training identities, >= 1
     n_test: int = 100,  # test identities, >= 1
     n_cams: int = 6,  # cameras, 2 to 6
-    per_id: int = 12,  # images per identity, >= 2
-    camera_shift: float = 1.5,  # difficulty: how far cameras differ, >= 0, see `pclclip_nb.drawing.random_camera`
-    clutter: float = 1.0,  # how far images differ, >= 0, see `pclclip_nb.drawing.draw_person`
+    per_id: int = 20,  # images per identity, >= 2
+    camera_shift: float = 1.0,  # difficulty: how far cameras differ, >= 0, see `pclclip_nb.drawing.random_camera`
+    clutter: float = 2.0,  # how far the images of one camera differ, >= 0, see `pclclip_nb.drawing.draw_person`
     n_distractors: int = 60,  # gallery people without a query (pid 0); a third as many junk boxes are written
     seed: int = 0,  # same seed, same bytes
     progress: bool = True,  # show a progress bar on stderr
 ) -> pd.DataFrame:  # path, pid, camid (from 0), split; sorted by path within train, query, gallery
     "Draw a re-ID data set of JPEG files, or read it if it is already there"
-    settings = {k: v for k, v in locals().items() if k not in ("dest", "progress")} | {"drawing": 1}
+    settings = {k: v for k, v in locals().items() if k not in ("dest", "progress")} | {"drawing": 2}
     dest = Path(dest)
     root, part = dest / _ROOT, dest / f"{_ROOT}.part"
     if _finished(dest, root, settings):
@@ -103,7 +110,7 @@ def make_synthetic_reid(
     shutil.rmtree(part, ignore_errors=True)
     for folder in _FOLDERS.values():
         (part / folder).mkdir(parents=True)
-    cameras = [random_camera(np.random.default_rng([seed, 2, c]), camera_shift) for c in range(n_cams)]
+    cameras = _cameras(n_cams, camera_shift, seed)
     plan = _plan(n_train, n_test, n_cams, per_id, n_distractors, seed)
     for folder, pid, cam, person, k in tqdm(plan, desc="drawing", unit="image", leave=False, disable=not progress):
         rng = np.random.default_rng([seed, 3, pid + 1, k])

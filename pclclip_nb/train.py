@@ -282,7 +282,7 @@ def _keep_rows(images, n, seed):
     rank = pd.Series(np.arange(len(order)), index=order)[key].to_numpy()
     return np.sort(np.argsort(rank, kind="stable")[:n])
 
-# %% ../nbs/04_train.ipynb #ae89a795
+# %% ../nbs/04_train.ipynb #8559c81a
 def _cluster_step(images, loader, backbone, cfg, clusterer, refiners, progress):
     "Features and labels of an epoch, and what the history says of them"
     t0 = time.perf_counter()
@@ -294,6 +294,13 @@ def _cluster_step(images, loader, backbone, cfg, clusterer, refiners, progress):
     row = {"clusters": report["n_clusters"], "outliers": report["n_outliers"], "largest": report["largest_share"]}
     row |= {k.lower(): report[k] for k in ("ARI", "NMI", "purity") if k in report}
     return features, labels, row | {"t_features": t1 - t0, "t_cluster": t2 - t1}
+
+# %% ../nbs/04_train.ipynb #e449012b
+def _batches(images, labels, cfg, size):
+    camids = images.camid.to_numpy() if cfg.use_cams else None
+    return train_loader(
+        images, PKSampler(labels, camids, cfg.batch_size, cfg.num_instances, seed=cfg.seed), size, cfg.workers
+    )
 
 
 def _train_step(epoch, features, labels, loader, backbone, optimizer, cfg, progress):
@@ -312,7 +319,25 @@ def _train_step(epoch, features, labels, loader, backbone, optimizer, cfg, progr
         loss = train_epoch(backbone, memory, loader, labels, optimizer, cfg.precision, bar)
     return {"loss": loss, "lr": lr, "t_train": time.perf_counter() - t0}
 
+# %% ../nbs/04_train.ipynb #de4017f6
+def _savez(path, arrays):
+    with open(path, "wb") as f:
+        np.savez(f, **arrays)
 
+
+def _save_epoch(run_dir, history, cfg, images, backbone, optimizer, labels, features):
+    "Labels, weights, and last of all the state that says the epoch is done"
+    epoch, scores = history[-1]["epoch"], [h.get(cfg.best) for h in history]
+    keep = _keep_rows(images, cfg.keep_features, cfg.seed)
+    arrays = {"labels": labels, "rows": keep, "features": features[keep].half().numpy()}
+    _atomic(run_dir / "labels" / f"epoch_{epoch:03d}.npz", lambda p: _savez(p, arrays))
+    if scores[-1] is not None and scores[-1] > max((s for s in scores[:-1] if s is not None), default=-math.inf):
+        save_weights(backbone, run_dir / "best.safetensors")
+    save_weights(backbone, run_dir / "last.safetensors")
+    state = {"format": 1, "history": history, "config": asdict(cfg), "images": _digest(images)}
+    save_state(run_dir, state | {"backbone": backbone.state_dict(), "optimizer": optimizer.state_dict()})
+
+# %% ../nbs/04_train.ipynb #5b0feaea
 def train(
     backbone: nn.Module,  # (B, 3, H, W) to (B, d) unit rows, with .size; trained in place, on its device
     table: pd.DataFrame,  # data set; rows of split `train` are used, their pid only for the history
@@ -344,28 +369,3 @@ def train(
         history.append(row)
         _save_epoch(run_dir, history, cfg, images, backbone, optimizer, labels, features)
     return pd.DataFrame(history)
-
-
-def _batches(images, labels, cfg, size):
-    camids = images.camid.to_numpy() if cfg.use_cams else None
-    return train_loader(
-        images, PKSampler(labels, camids, cfg.batch_size, cfg.num_instances, seed=cfg.seed), size, cfg.workers
-    )
-
-
-def _save_epoch(run_dir, history, cfg, images, backbone, optimizer, labels, features):
-    "Labels, weights, and last of all the state that says the epoch is done"
-    epoch, scores = history[-1]["epoch"], [h.get(cfg.best) for h in history]
-    keep = _keep_rows(images, cfg.keep_features, cfg.seed)
-    arrays = {"labels": labels, "rows": keep, "features": features[keep].half().numpy()}
-    _atomic(run_dir / "labels" / f"epoch_{epoch:03d}.npz", lambda p: _savez(p, arrays))
-    if scores[-1] is not None and scores[-1] > max((s for s in scores[:-1] if s is not None), default=-math.inf):
-        save_weights(backbone, run_dir / "best.safetensors")
-    save_weights(backbone, run_dir / "last.safetensors")
-    state = {"format": 1, "history": history, "config": asdict(cfg), "images": _digest(images)}
-    save_state(run_dir, state | {"backbone": backbone.state_dict(), "optimizer": optimizer.state_dict()})
-
-
-def _savez(path, arrays):
-    with open(path, "wb") as f:
-        np.savez(f, **arrays)
