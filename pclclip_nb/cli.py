@@ -176,9 +176,9 @@ def _report_test(ranking, name):
     )
 
 
-def _warn_unmatched(table):
+def _warn_unmatched(table, dataset):
     "Say before the work which queries cannot count"
-    lost = check_protocol(table)
+    lost = check_protocol(table, dataset if dataset in SPECS else None)
     if len(lost):
         print(
             f"{len(lost)} queries have no match and will not count: "
@@ -213,7 +213,7 @@ def _test(args):
     table = _table(args)
     if not _has_test(table):
         raise ValueError(f"{args.data_dir} has no query and gallery: there is nothing to test on")
-    _warn_unmatched(table)
+    _warn_unmatched(table, args.dataset)
     if args.resume.endswith(".safetensors"):
         backbone = load_backbone(args.resume).to(args.device)
     else:
@@ -285,7 +285,7 @@ def _train(args):
     print(f"{images} training images of {args.dataset}, {table.camid[table.split == 'train'].nunique()} cameras")
     testing = args.eval_step > 0 and _has_test(table)
     if testing:
-        _warn_unmatched(table)
+        _warn_unmatched(table, args.dataset)
     backbone = _backbone(args, None if args.pretrained == "none" else args.pretrained)
     history = train(
         backbone,
@@ -295,7 +295,7 @@ def _train(args):
         on_epoch=_on_epoch(table if testing else None, args.eval_step, cfg),
         resume=args.resume,
     )
-    if testing:
+    if testing and "mAP" in history:  # a finished run that is resumed may never have been tested
         _final_report(history, args.logs_dir)
     else:
         print(
