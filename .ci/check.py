@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-MODULES = ("data", "synthetic", "clustering")  # these need no torch
+MODULES = ("data", "synthetic", "neighbours", "clustering", "cluster_quality")  # these need no torch
 
 
 def run(*cmd, cwd=ROOT, **env):

@@ -27,12 +27,17 @@ from .synthetic import make_synthetic_reid
 from .tiny_clip import NAME, tiny_clip_weights
 from .train import EpochResult, TrainConfig, train
 
-# %% ../nbs/07_cli.ipynb #8a56d22b
+# %% ../nbs/07_cli.ipynb #839678c5
 class _Parser(argparse.ArgumentParser):
     "An ArgumentParser whose errors are one line"
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _radius(text):
+    "A number, or the word auto"
+    return text if text == "auto" else float(text)
 
 
 _SHORT = {"batch_size": ["-b"], "workers": ["-j"]}
@@ -58,7 +63,7 @@ def _add_config(parser):
             parser.add_argument(
                 *_SHORT.get(f.name, []),
                 flag,
-                type=type(f.default),
+                type=_radius if f.name == "eps" else type(f.default),
                 default=f.default,
                 help=f"{text} (default: {f.default})",
             )
