@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIECE', 'shard_rows', 'ring', 'gather_rows', 'knn_sharded', 'jaccard_graph_sharded', 'jaccard_dbscan_sharded', 'cost']
 
-# %% ../nbs/02e_many_machines.ipynb #ce848bfd
+# %% ../nbs/02e_many_machines.ipynb #2f24118f
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -13,8 +13,8 @@ from scipy.sparse import csr_array
 
 from .clustering import EPS_SLACK, _check_settings, _half, _join, _mean_rows, _members, _mirrored
 from .clustering import _pair_scores, _places, _softmax, dbscan
-from .neighbours import _bound, _collect, _judge_candidates, _judge_crowded, _keys_at, _operand, _rescore
-from .neighbours import _rough_dtype, _table, in_blocks, row_blocks, unit_rows
+from .neighbours import _bound, _by_torch, _collect, _judge_candidates, _keys_at, _operand, _rough_dtype
+from .neighbours import _table, in_blocks, row_blocks, unit_rows
 
 # %% ../nbs/02e_many_machines.ipynb #3d494483
 def shard_rows(
@@ -155,27 +155,7 @@ def _tile_search(x, k, group):
 
     return search
 
-# %% ../nbs/02e_many_machines.ipynb #96dd4369
-def _torch_search(features, x, k):
-    "Products and topk on the device of the features"
-    z, d = torch.as_tensor(features).detach().float(), x.shape[1]
-    slack = d * 2.0**-22 + {"highest": 0, "high": 2.0**-9, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
-
-    def search(y, shift, _own, best, ids):
-        w, m = torch.from_numpy(y).to(z.device), min(len(y), k + 32)
-        for b in row_blocks(len(x), max(64, min(4096, 2**28 // len(y)))):
-            score, cols = (a.cpu().numpy() for a in (z[b] @ w.T).topk(m))
-            floor = np.maximum(best[b, -1], score[:, k - 1] if m >= k else -2) - slack
-            fill = (score >= floor[:, None]).sum(1)
-            redo, cols = (fill == m) & (m < len(y)), cols.astype(np.int32)
-            fill = np.where(redo, 0, fill).astype(np.int32)
-            rows = np.arange(b.start, b.stop)
-            in_blocks(lambda c: _rescore(x, rows[c], y, cols[c], fill[c], shift, best, ids), row_blocks(len(rows), 256))
-            _judge_crowded(x, rows[redo], y, shift, best, ids)
-
-    return search
-
-# %% ../nbs/02e_many_machines.ipynb #af18e748
+# %% ../nbs/02e_many_machines.ipynb #27579248
 def knn_sharded(
     features,  # (N_r, d) unit rows of this rank; numpy, memory map or torch, any device and float type
     k: int,  # neighbours per image, the image itself included; 1 <= k <= N
@@ -188,7 +168,10 @@ def knn_sharded(
         raise ValueError(f"k = {k} needs at least {k} images, got {starts[-1]}: lower k")
     search = _tile_search(x, k, group)  # on a card too: the ranks compare notes in there
     if getattr(features, "is_cuda", False):
-        search = _torch_search(features, x, k)
+
+        def search(y, shift, own, best, ids):
+            _by_torch(features, x, x if own else y, shift, best, ids)
+
     best, ids = _table(len(x), k, starts[rank])
     for r, (y,) in ring([x], group):
         if len(x) and len(y):

@@ -104,7 +104,7 @@ def _table(n, k, first=0):
     best[:, 0], ids[:, 0] = np.inf, first + np.arange(n)
     return best, ids
 
-# %% ../nbs/01c_neighbours.ipynb #4da361f5
+# %% ../nbs/01c_neighbours.ipynb #7a137151
 def _operand(x, mean, dtype):
     "Rows (y, b, 1) for the product, in `dtype`; the largest length, bias, and length lost to rounding"
     import torch
@@ -113,7 +113,7 @@ def _operand(x, mean, dtype):
     left = torch.zeros((n, (d + 35) // 32 * 32), dtype=dtype)
 
     def fill(rows):
-        y = torch.from_numpy(x[rows]) - mean
+        y = torch.from_numpy(x[rows] - mean.numpy())
         left[rows, :d] = y
         b = y @ mean
         left[rows, d] = b
@@ -277,7 +277,7 @@ def _collect(left, others, d, k, error, floor=None, bar=""):
     _single_threaded(work, jobs, bar)
     return keys, cols, fill, floor
 
-# %% ../nbs/01c_neighbours.ipynb #9469e903
+# %% ../nbs/01c_neighbours.ipynb #60f54f46
 @compiled
 def _prune_rows(keys, cols, fill, k, lower):
     "Drop the candidates that the last floor rules out"
@@ -312,50 +312,47 @@ def _judge_candidates(x, y, shift, candidates, k, error, best, ids):
     )
 
 
-def _by_tiles(x, k, bar):
+def _by_tiles(x, best, ids, bar=""):
     "Exact neighbours by the processor's matrix unit"
     import torch
 
-    left, sizes = _operand(x, torch.from_numpy(x).mean(0), _rough_dtype(x.shape[1]))
-    error = _bound(*sizes, x.shape[1])
-    candidates = _collect(left, left, x.shape[1], k, error, bar=bar)
+    d, k = x.shape[1], best.shape[1]
+    left, sizes = _operand(x, torch.from_numpy(x.mean(0)), _rough_dtype(d))
+    error = _bound(*sizes, d)
+    candidates = _collect(left, left, d, k, error, bar=bar)
     del left
-    best, ids = _table(len(x), k)
     _judge_candidates(x, x, 0, candidates, k, error, best, ids)
-    return ids
 
-# %% ../nbs/01c_neighbours.ipynb #cdb4a49f
-def _judge_found(x, k, cols, fill, redo):
-    "Exact order of found candidates; rows marked `redo` in full"
-    best, ids = _table(len(x), k)
-    fill = np.where(redo, 0, fill).astype(np.int32)
-    rows, cols = np.arange(len(x)), np.ascontiguousarray(cols, np.int32)
-    in_blocks(lambda b: _rescore(x, rows[b], x, cols[b], fill[b], 0, best, ids), row_blocks(len(x), 256))
-    _judge_crowded(x, np.flatnonzero(redo), x, 0, best, ids)
-    return ids
+# %% ../nbs/01c_neighbours.ipynb #ee1027f5
+def _judge_found(x, rows, y, shift, cols, fill, redo, best, ids):
+    "Exact order of found candidates for some rows; those marked `redo` in full"
+    fill, cols = np.where(redo, 0, fill).astype(np.int32), np.ascontiguousarray(cols, np.int32)
+    blocks = row_blocks(len(rows), 256)
+    in_blocks(lambda b: _rescore(x, rows[b], y, cols[b], fill[b], shift, best, ids), blocks)
+    _judge_crowded(x, rows[redo], y, shift, best, ids)
 
 
-def _by_torch(features, x, k, bar):
-    "Exact neighbours by torch, on the device of the features"
+def _by_torch(features, x, y, shift, best, ids, bar=""):
+    "Exact neighbours of the rows of x among those of y; products and topk on the device of the features of x"
     import torch
 
-    y = features.detach().float() if hasattr(features, "detach") else torch.from_numpy(x)
-    n, d = y.shape
-    slack = d * 2.0**-22 + {"highest": 0, "high": 2.0**-9, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
-    found = []
-    for b in tqdm(row_blocks(n, max(64, min(4096, 2**28 // n))), bar, disable=not bar, leave=False):
-        score, cols = (y[b] @ y.T).topk(min(n, k + 32))
-        fill = (score >= score[:, k - 1 : k] - slack).sum(1)
-        found.append((cols.int().cpu().numpy(), fill.cpu().numpy()))
-    cols, fill = (np.concatenate(f) for f in zip(*found))
-    return _judge_found(x, k, cols, fill, (fill == cols.shape[1]) & (fill < n))
+    z = features.detach().float() if hasattr(features, "detach") else torch.from_numpy(np.require(x, None, "W"))
+    w = z if y is x else torch.from_numpy(np.require(y, None, "W")).to(z.device)
+    k, m = best.shape[1], min(len(y), best.shape[1] + 32)
+    slack = x.shape[1] * 2.0**-22
+    slack += {"highest": 0, "high": 2.0**-9, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
+    for b in tqdm(row_blocks(len(x), max(64, min(4096, 2**28 // len(y)))), bar, disable=not bar, leave=False):
+        score, cols = (a.cpu().numpy() for a in (z[b] @ w.T).topk(m))
+        floor = np.maximum(best[b, -1], score[:, k - 1] if m >= k else -2) - slack
+        fill, rows = (score >= floor[:, None]).sum(1), np.arange(b.start, b.stop)
+        _judge_found(x, rows, y, shift, cols, fill, (fill == m) & (m < len(y)), best, ids)
 
 
-def _by_faiss(x, k, method):
+def _by_faiss(x, method, best, ids):
     "Neighbours by an index of faiss: exact for 'flat', else approximate"
     import faiss
 
-    n, d = x.shape
+    (n, d), k = x.shape, best.shape[1]
     if method == "flat":
         index = faiss.IndexFlatIP(d)
     elif method == "hnsw":
@@ -368,12 +365,13 @@ def _by_faiss(x, k, method):
         index.train(x[:: max(1, n // (64 * lists))])
     index.add(x)
     score, cols = index.search(x, min(n, k + 32) if method == "flat" else k)
-    if method != "flat":
-        return _judge_found(x, k, cols, (cols >= 0).sum(1), (cols < 0).any(1))
-    fill = (score >= score[:, k - 1 : k] - d * 2.0**-22).sum(1)
-    return _judge_found(x, k, cols, fill, (fill == cols.shape[1]) & (fill < n))
+    fill, redo = (cols >= 0).sum(1), (cols < 0).any(1)
+    if method == "flat":
+        fill = (score >= score[:, k - 1 : k] - d * 2.0**-22).sum(1)
+        redo = (fill == cols.shape[1]) & (fill < n)
+    _judge_found(x, np.arange(n), x, 0, cols, fill, redo, best, ids)
 
-# %% ../nbs/01c_neighbours.ipynb #ccf9ae2e
+# %% ../nbs/01c_neighbours.ipynb #6485ccd9
 def knn(
     features,  # (N, d) unit rows; numpy, memory map or torch, any device and float type
     k: int,  # neighbours per image, the image itself included; 1 <= k <= N
@@ -390,7 +388,11 @@ def knn(
         raise ValueError(f"method {method!r} is unknown: use 'auto', 'tiles', 'torch', 'flat', 'ivf' or 'hnsw'")
     if method == "auto":
         method = "torch" if getattr(features, "is_cuda", False) else "tiles"
-    bar = "neighbours" if progress else ""
+    (best, ids), bar = _table(len(x), k), "neighbours" if progress else ""
     if method == "tiles":
-        return _by_tiles(x, k, bar)
-    return _by_torch(features, x, k, bar) if method == "torch" else _by_faiss(x, k, method)
+        _by_tiles(x, best, ids, bar)
+    elif method == "torch":
+        _by_torch(features, x, x, 0, best, ids, bar)
+    else:
+        _by_faiss(x, method, best, ids)
+    return ids
