@@ -32,17 +32,13 @@ from .data import check_images
 from .loading import PKSampler, test_loader, train_loader
 from .memory_loss import ClusterMemory, cluster_centroids
 
-# %% ../nbs/04_train.ipynb #f2927f5a
+# %% ../nbs/04_train.ipynb #2a605525
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of a training run (defaults: PCL-CLIP without labels, 60 epochs)"
 
-    eps: float | str = (
-        0.7  # DBSCAN radius, Jaccard distance in (0, 1), larger merges more; auto = chosen every epoch, without labels
-    )
-    k1: int = (
-        30  # neighbours of an image (itself included) for the Jaccard distance; with eps auto the most that are tried
-    )
+    eps: float | str = 0.7  # DBSCAN radius, Jaccard distance in (0, 1), or auto: chosen every epoch without labels
+    k1: int = 30  # neighbours of an image (itself included) for the Jaccard distance; with eps auto the most tried
     k2: int = 6  # neighbours averaged in query expansion; 1 switches it off
     min_samples: int = 4  # neighbours within eps (itself included) that make a DBSCAN core point
     batch_size: int = 256  # images per step, P clusters x num_instances
