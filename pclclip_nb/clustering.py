@@ -31,7 +31,7 @@ def _places(ranks):
     in_blocks(lambda b: _find_places(ranks, b.start, b.stop, places), row_blocks(len(ranks), 4096))
     return places
 
-# %% ../nbs/02_clustering.ipynb #531ee795
+# %% ../nbs/02_clustering.ipynb #b2142c47
 @compiled
 def _longer(a, n):
     "The same array with room for n"
@@ -44,10 +44,18 @@ def _longer(a, n):
 
 
 @compiled
+def _zeros(a):
+    "The same array, cleared; numba compiles this faster than np.zeros"
+    for t in range(a.shape[0]):
+        a[t] = 0
+    return a
+
+
+@compiled
 def _members(ranks, places, half, start, stop):
     "P(i) of the rows start..stop-1: members per row, members"
     width, m = ranks.shape[1], 0
-    stamp, counts = np.zeros(ranks.shape[0], np.int64), np.empty(stop - start, np.int64)
+    stamp, counts = _zeros(np.empty(ranks.shape[0], np.int64)), np.empty(stop - start, np.int64)
     cols = np.empty(2 * width * (stop - start), np.int32)
     for i in range(start, stop):
         first, own, grown = m, 2 * i + 2, 2 * i + 1  # stamps of this row: in R(i), let in by a friend
@@ -115,11 +123,11 @@ def _block_size(n):
     "Rows per job: enough jobs for all cores, few enough for their scratch memory"
     return max(256, n // 256)
 
-# %% ../nbs/02_clustering.ipynb #398538dd
+# %% ../nbs/02_clustering.ipynb #e63a0e14
 @compiled
 def _mean_rows(ranks, k2, indptr, cols, vals, start, stop):
     "Query expansion of the rows start..stop-1: values per row, columns, values"
-    mass, m = np.zeros(ranks.shape[0], np.float32), 0
+    mass, m = _zeros(np.empty(ranks.shape[0], np.float32)), 0
     counts, out = np.empty(stop - start, np.int64), np.empty(64 * (stop - start), np.int32)
     means = np.empty(out.shape[0], np.float32)
     for i in range(start, stop):
@@ -166,7 +174,7 @@ def _half(k1):
     "Width of the half sets, self included"
     return min(round(k1 / 2) + 1, k1)
 
-# %% ../nbs/02_clustering.ipynb #a5d34bd6
+# %% ../nbs/02_clustering.ipynb #90c77539
 @compiled
 def _after(rows, lo, hi, i):
     "First of the ascending rows[lo:hi] above i"
@@ -183,8 +191,8 @@ def _after(rows, lo, hi, i):
 def _join(indptr, cols, vals, first_row, cptr, rows, cvals, shift, others, top, start, stop):
     "Pairs i < j within top of rows start..stop-1 of one V and the rows of another, given by columns: pairs per row, j, distances"
     one, two, m = np.float32(1), np.float32(2), 0
-    share, touched = np.zeros(others, np.float32), np.empty(others, np.int32)
-    counts, out = np.zeros(stop - start, np.int64), np.empty(16 * (stop - start), np.int32)
+    share, touched = _zeros(np.empty(others, np.float32)), np.empty(others, np.int32)
+    counts, out = np.empty(stop - start, np.int64), np.empty(16 * (stop - start), np.int32)
     dist = np.empty(out.shape[0], np.float32)
     for i in range(start, stop):
         t, first = 0, m

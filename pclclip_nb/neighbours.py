@@ -34,10 +34,10 @@ def unit_rows(
         raise ValueError(f"features row {bad[0]} has norm {norms[bad[0]]:.3g}, not 1: divide each row by its norm")
     return x
 
-# %% ../nbs/01c_neighbours.ipynb #76f63b91
+# %% ../nbs/01c_neighbours.ipynb #952a343d
 def compiled(f):
     "Compile with numba, cached on disk if any cache folder can be written"
-    opts = dict(nogil=True, fastmath={"reassoc", "contract"})
+    opts = dict(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
     try:
         return njit(cache=True, **opts)(f)
     except RuntimeError:
@@ -371,14 +371,14 @@ def _by_faiss(x, method, best, ids):
         redo = (fill == cols.shape[1]) & (fill < n)
     _judge_found(x, np.arange(n), x, 0, cols, fill, redo, best, ids)
 
-# %% ../nbs/01c_neighbours.ipynb #6485ccd9
+# %% ../nbs/01c_neighbours.ipynb #798d4e01
 def knn(
     features,  # (N, d) unit rows; numpy, memory map or torch, any device and float type
     k: int,  # neighbours per image, the image itself included; 1 <= k <= N
     method: str = "auto",  # exact: 'tiles' (CPU), 'torch' (the features' device), 'flat' (faiss); approximate: 'hnsw', 'ivf'
     progress: bool = False,  # show a progress bar
 ) -> np.ndarray:  # (N, k) int64 row numbers, nearest first; column 0 = the image itself
-    "Nearest neighbours by cosine, exact, ties by row number. 'auto': 'torch' on a GPU, else 'tiles'. Approximate ones pay where N² d is out of reach: prefer 'hnsw'."
+    "Nearest neighbours by cosine, ties by row number. 'auto' is exact: 'torch' on a GPU, else 'tiles'. Where bf16 is fast 'tiles' beat the approximate ones up to a million images; of those 'hnsw' finds more than 'ivf'."
     x = unit_rows(features)
     if k < 1 or k != int(k):
         raise ValueError(f"k = {k} must be a whole number of at least 1")
