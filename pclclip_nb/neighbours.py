@@ -165,10 +165,10 @@ def _lowered(margin):
     numbers = ((keys ^ ((keys >> 15) & np.int16(0x7FFF))).astype(np.int32) << 16).view(np.float32)
     return _keys_at(np.nan_to_num(numbers, nan=-99, posinf=99, neginf=-99) - np.float32(margin))
 
-# %% ../nbs/01c_neighbours.ipynb #6e2ce140
+# %% ../nbs/01c_neighbours.ipynb #9a418921
 @compiled
 def _kth(keys, k):
-    "The k-th largest key; the smallest int16 if there are fewer"
+    "The k-th largest of up to 32,767 keys; the smallest int16 if there are fewer than k"
     lo, hi = -32768, 32767
     while lo < hi:
         mid = (lo + hi + 1) >> 1
@@ -234,7 +234,7 @@ def _scan(tile, r0, c0, both, key, near, eight, keys, cols, fill, floor, k, lowe
                     if near[c] and both and not diagonal and key[c] >= floor[c0 + c]:
                         _offer(c0 + c, i, key[c], keys, cols, fill, floor, k, lower)
 
-# %% ../nbs/01c_neighbours.ipynb #697d7a7f
+# %% ../nbs/01c_neighbours.ipynb #70fce647
 @lru_cache(maxsize=8)
 def _rough_dtype(d):
     "bf16 or float32, whichever multiplies faster here"
@@ -257,7 +257,7 @@ def _collect(left, others, d, k, error, floor=None, bar=""):
     import torch
 
     n, m, both, size = len(left), len(others), others is left, 1024
-    keys, cols = (np.empty((n, max(128, 4 * k)), t) for t in (np.int16, np.int32))
+    keys, cols = (np.empty((n, min(max(128, 4 * k), 32767)), t) for t in (np.int16, np.int32))
     fill, lower = np.zeros(n, np.int32), _lowered(2 * error)
     floor = np.full(n, -32767, np.int16) if floor is None else floor
     locks = [threading.RLock() for _ in range(0, n, size)]
