@@ -31,7 +31,7 @@ def _places(ranks):
     in_blocks(lambda b: _find_places(ranks, b.start, b.stop, places), row_blocks(len(ranks), 4096))
     return places
 
-# %% ../nbs/02_clustering.ipynb #b2142c47
+# %% ../nbs/02_clustering.ipynb #60542227
 @compiled
 def _longer(a, n):
     "The same array with room for n"
@@ -50,7 +50,7 @@ def _zeros(a):
         a[t] = 0
     return a
 
-
+# %% ../nbs/02_clustering.ipynb #89f85188
 @compiled
 def _members(ranks, places, half, start, stop):
     "P(i) of the rows start..stop-1: members per row, members"
@@ -80,7 +80,7 @@ def _members(ranks, places, half, start, stop):
         counts[i - start] = m - first
     return counts, cols[:m].copy()
 
-# %% ../nbs/02_clustering.ipynb #4b4951a2
+# %% ../nbs/02_clustering.ipynb #ed9ef64a
 def _as_graph(parts, n_cols=None):
     "Rows of blocks, as (values per row, columns, values), to one sparse array"
     counts, cols, vals = (np.concatenate(p) for p in zip(*parts))
@@ -106,7 +106,7 @@ def _softmax(scores, counts):
     starts = np.concatenate([[0], counts.cumsum()[:-1]])
     return (e / np.repeat(np.add.reduceat(e, starts), counts)).astype(np.float32)
 
-
+# %% ../nbs/02_clustering.ipynb #cf61bbea
 def _weights(x, ranks, places, half):
     "(N, N) V before query expansion"
 
@@ -174,7 +174,7 @@ def _half(k1):
     "Width of the half sets, self included"
     return min(round(k1 / 2) + 1, k1)
 
-# %% ../nbs/02_clustering.ipynb #90c77539
+# %% ../nbs/02_clustering.ipynb #85790373
 @compiled
 def _after(rows, lo, hi, i):
     "First of the ascending rows[lo:hi] above i"
@@ -216,10 +216,9 @@ def _join(indptr, cols, vals, first_row, cptr, rows, cvals, shift, others, top, 
         counts[i - start] = m - first
     return counts, out[:m].copy(), dist[:m].copy()
 
-
+# %% ../nbs/02_clustering.ipynb #4836b2c4
 def _mirrored(upper):
     "Symmetric graph, columns ascending, from its part above the diagonal"
-    upper.sort_indices()
     rows = np.repeat(np.arange(upper.shape[0], dtype=np.int32), np.diff(upper.indptr))
     pairs = np.concatenate([upper.indices, rows]), np.concatenate([rows, upper.indices])
     return csr_array((np.concatenate([upper.data, upper.data]), pairs), shape=upper.shape)
@@ -261,7 +260,7 @@ def _checked_ranks(ranks, n, k1):
         )
     return np.ascontiguousarray(ranks[:, :k1], np.int32)
 
-# %% ../nbs/02_clustering.ipynb #24d61eb4
+# %% ../nbs/02_clustering.ipynb #5e6f531b
 @compiled
 def _root(parent, i):
     while parent[i] != i:
@@ -298,7 +297,7 @@ def _dbscan(indptr, cols, dist, top, min_samples, core, parent, labels):
             if not core[i] and core[j] and dist[e] <= top and (labels[i] < 0 or labels[j] < labels[i]):
                 labels[i] = labels[j]
 
-
+# %% ../nbs/02_clustering.ipynb #b8830ecf
 def dbscan(
     graph: csr_array,  # (N, N) symmetric distances, all pairs within eps stored; a pair not stored is at distance 1
     eps,  # radius in (0, 1], or E of them; at most the eps the graph was made with

@@ -34,8 +34,10 @@ def unit_rows(
         raise ValueError(f"features row {bad[0]} has norm {norms[bad[0]]:.3g}, not 1: divide each row by its norm")
     return x
 
-# %% ../nbs/01c_neighbours.ipynb #952a343d
-def compiled(f):
+# %% ../nbs/01c_neighbours.ipynb #bc2d971c
+def compiled(
+    f,  # function of numbers and arrays
+):  # the same, run as machine code without Python's lock
     "Compile with numba, cached on disk if any cache folder can be written"
     opts = dict(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
     try:
@@ -43,7 +45,7 @@ def compiled(f):
     except RuntimeError:
         return njit(**opts)(f)  # a read-only installation without a home folder: compiled anew in each process
 
-# %% ../nbs/01c_neighbours.ipynb #98797193
+# %% ../nbs/01c_neighbours.ipynb #8127fb47
 def in_blocks(
     work,  # called with each job, in threads
     jobs,  # any sequence
@@ -54,7 +56,7 @@ def in_blocks(
     with ThreadPoolExecutor(numba.config.NUMBA_NUM_THREADS, **kwargs) as pool:
         return list(tqdm(pool.map(work, jobs), bar, total=len(jobs), disable=not bar, leave=False))
 
-
+# %% ../nbs/01c_neighbours.ipynb #6cbada2d
 def row_blocks(
     n: int,  # rows
     size: int,  # rows per block
@@ -62,10 +64,13 @@ def row_blocks(
     "Cut 0..n-1 into blocks"
     return [slice(s, min(s + size, n)) for s in range(0, n, size)]
 
-# %% ../nbs/01c_neighbours.ipynb #7ca82edb
+# %% ../nbs/01c_neighbours.ipynb #ffc26328
 @compiled
-def exact_dot(x, y):
-    "64-bit dot product of two float32 rows"
+def exact_dot(
+    x,  # (d,) float32
+    y,  # (d,) float32
+):  # float64
+    "Dot product of two rows, summed in 64 bit"
     total = 0.0
     for f in range(x.shape[0]):
         total += np.float64(x[f]) * np.float64(y[f])
@@ -104,7 +109,7 @@ def _table(n, k, first=0):
     best[:, 0], ids[:, 0] = np.inf, first + np.arange(n)
     return best, ids
 
-# %% ../nbs/01c_neighbours.ipynb #7a137151
+# %% ../nbs/01c_neighbours.ipynb #3154d173
 def _operand(x, mean, dtype):
     "Rows (y, b, 1) for the product, in `dtype`; the largest length, bias, and length lost to rounding"
     import torch
@@ -131,7 +136,7 @@ def _bound(length, bias, lost, d):
     half_step = 2.0 ** (math.frexp(largest)[1] - 9)
     return 2 * length * lost + lost**2 + half_step + (d + 4) * 2.0**-24 * largest + 2.0**-17 * bias + 1e-5
 
-
+# %% ../nbs/01c_neighbours.ipynb #a5a5eaca
 def _turned(left, d):
     "Rows (y, 1, b) from rows (y, b, 1)"
     right = left.clone()
@@ -165,7 +170,7 @@ def _lowered(margin):
     numbers = ((keys ^ ((keys >> 15) & np.int16(0x7FFF))).astype(np.int32) << 16).view(np.float32)
     return _keys_at(np.nan_to_num(numbers, nan=-99, posinf=99, neginf=-99) - np.float32(margin))
 
-# %% ../nbs/01c_neighbours.ipynb #9a418921
+# %% ../nbs/01c_neighbours.ipynb #0e3acc8f
 @compiled
 def _kth(keys, k):
     "The k-th largest of up to 32,767 keys; the smallest int16 if there are fewer than k"
@@ -181,7 +186,7 @@ def _kth(keys, k):
             hi = mid - 1
     return lo
 
-
+# %% ../nbs/01c_neighbours.ipynb #40da5e65
 @compiled
 def _prune(keys, cols, n, k, lower):
     "Raise the floor to the k-th best less the margin, drop what is below it: -> how many stay, the floor"
@@ -194,7 +199,7 @@ def _prune(keys, cols, n, k, lower):
             kept += 1
     return kept, floor
 
-# %% ../nbs/01c_neighbours.ipynb #e8cde65e
+# %% ../nbs/01c_neighbours.ipynb #7c5d1f07
 @compiled
 def _offer(i, j, key, keys, cols, fill, floor, k, lower):
     "Put candidate j into the buffer of i"
@@ -208,7 +213,7 @@ def _offer(i, j, key, keys, cols, fill, floor, k, lower):
     cols[i, n] = j
     fill[i] = n + 1
 
-
+# %% ../nbs/01c_neighbours.ipynb #3c24a015
 @compiled
 def _scan(tile, r0, c0, both, key, near, eight, keys, cols, fill, floor, k, lower):
     "Offer the entries of a tile whose first row is r0 and first column c0; `key`, `near` (also seen as `eight`) are scratch"
@@ -234,7 +239,7 @@ def _scan(tile, r0, c0, both, key, near, eight, keys, cols, fill, floor, k, lowe
                     if near[c] and both and not diagonal and key[c] >= floor[c0 + c]:
                         _offer(c0 + c, i, key[c], keys, cols, fill, floor, k, lower)
 
-# %% ../nbs/01c_neighbours.ipynb #70fce647
+# %% ../nbs/01c_neighbours.ipynb #e8b155e8
 @lru_cache(maxsize=8)
 def _rough_dtype(d):
     "bf16 or float32, whichever multiplies faster here"
@@ -251,7 +256,7 @@ def _rough_dtype(d):
 
     return min(torch.bfloat16, torch.float32, key=seconds)
 
-
+# %% ../nbs/01c_neighbours.ipynb #19b02369
 def _collect(left, others, d, k, error, floor=None, bar=""):
     "Candidates of the rows of `left` among `others`, or among themselves where `others` is `left`"
     import torch
@@ -277,7 +282,7 @@ def _collect(left, others, d, k, error, floor=None, bar=""):
     _single_threaded(work, jobs, bar)
     return keys, cols, fill, floor
 
-# %% ../nbs/01c_neighbours.ipynb #60f54f46
+# %% ../nbs/01c_neighbours.ipynb #983913a3
 @compiled
 def _prune_rows(keys, cols, fill, k, lower):
     "Drop the candidates that the last floor rules out"
@@ -311,7 +316,7 @@ def _judge_candidates(x, y, shift, candidates, k, error, best, ids):
         lambda rows: _judge_crowded(x, rows, y, shift, best, ids), np.array_split(crowded, len(crowded) // 16 + 1)
     )
 
-
+# %% ../nbs/01c_neighbours.ipynb #1a46c3a9
 def _by_tiles(x, best, ids, bar=""):
     "Exact neighbours by the processor's matrix unit"
     import torch
@@ -323,13 +328,21 @@ def _by_tiles(x, best, ids, bar=""):
     del left
     _judge_candidates(x, x, 0, candidates, k, error, best, ids)
 
-# %% ../nbs/01c_neighbours.ipynb #ee1027f5
+# %% ../nbs/01c_neighbours.ipynb #741aa2dd
 def _judge_found(x, rows, y, shift, cols, fill, redo, best, ids):
     "Exact order of found candidates for some rows; those marked `redo` in full"
     fill, cols = np.where(redo, 0, fill).astype(np.int32), np.ascontiguousarray(cols, np.int32)
     blocks = row_blocks(len(rows), 256)
     in_blocks(lambda b: _rescore(x, rows[b], y, cols[b], fill[b], shift, best, ids), blocks)
     _judge_crowded(x, rows[redo], y, shift, best, ids)
+
+
+def _product_error(d):
+    "How far torch's float32 product of two unit rows can be from the exact one, at its present precision"
+    import torch
+
+    rounding = {"highest": 0, "high": 2.0**-8, "medium": 2.0**-6}  # of the factors, to 10 bits (cut off) or to 7
+    return d * 2.0**-23 + rounding[torch.get_float32_matmul_precision()]
 
 
 def _by_torch(features, x, y, shift, best, ids, bar=""):
@@ -339,15 +352,14 @@ def _by_torch(features, x, y, shift, best, ids, bar=""):
     z = features.detach().float() if hasattr(features, "detach") else torch.from_numpy(np.require(x, None, "W"))
     w = z if y is x else torch.from_numpy(np.require(y, None, "W")).to(z.device)
     k, m = best.shape[1], min(len(y), best.shape[1] + 32)
-    slack = x.shape[1] * 2.0**-22
-    slack += {"highest": 0, "high": 2.0**-9, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
+    slack = 2 * _product_error(x.shape[1])
     for b in tqdm(row_blocks(len(x), max(64, min(4096, 2**28 // len(y)))), bar, disable=not bar, leave=False):
         score, cols = (a.cpu().numpy() for a in (z[b] @ w.T).topk(m))
         floor = np.maximum(best[b, -1], score[:, k - 1] if m >= k else -2) - slack
         fill, rows = (score >= floor[:, None]).sum(1), np.arange(b.start, b.stop)
         _judge_found(x, rows, y, shift, cols, fill, (fill == m) & (m < len(y)), best, ids)
 
-
+# %% ../nbs/01c_neighbours.ipynb #b090c18a
 def _by_faiss(x, method, best, ids):
     "Neighbours by an index of faiss: exact for 'flat', else approximate"
     import faiss

@@ -136,7 +136,7 @@ def training_images(
         )
     return images[~images.path.isin(bad.path)].reset_index(drop=True)
 
-# %% ../nbs/04_train.ipynb #9d507390
+# %% ../nbs/04_train.ipynb #01a218a4
 def with_radius(
     cfg: TrainConfig,
     features: Tensor,  # (N, d) unit rows
@@ -148,7 +148,7 @@ def with_radius(
     chosen = suggest_eps(features, cfg.k1, cfg.k2, cfg.min_samples, camids)
     return replace(cfg, eps=chosen.eps, k1=chosen.k1)
 
-
+# %% ../nbs/04_train.ipynb #93115793
 def pseudo_labels(
     features: Tensor,  # (N, d) unit rows
     camids: np.ndarray,  # (N,) cameras, -1 unknown
