@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/03_memory_loss.ipynb #6693c1d0
+# %% ../nbs/03_memory_loss.ipynb #3a4b7667
+def _wide(x):
+    "At least float32"
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _refuse_nonfinite(feats):
     bad = (~torch.isfinite(feats).all(dim=1)).nonzero().flatten()
     if len(bad):
@@ -24,7 +29,7 @@ def cluster_centroids(
     labels,  # (N,) pseudo labels 0..C-1, -1 = outlier; tensor or numpy array
 ) -> Tensor:  # (C, d) float32 unit centroids on the device of `features`; row c belongs to cluster c
     "Mean feature of each cluster, back on the unit sphere"
-    features = torch.as_tensor(features).detach().float()
+    features = _wide(torch.as_tensor(features).detach())
     labels = torch.as_tensor(labels, device=features.device).long()
     if len(features) != len(labels):
         raise ValueError(f"{len(features)} features but {len(labels)} labels: give one label per row")
@@ -38,7 +43,7 @@ def cluster_centroids(
     sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, labels, features)
     return F.normalize(sums / counts[:, None], dim=1)
 
-# %% ../nbs/03_memory_loss.ipynb #91ebf0b3
+# %% ../nbs/03_memory_loss.ipynb #d598481e
 def contrastive_loss(
     feats: Tensor,  # (B, d) unit features with gradient, any float type
     labels: Tensor,  # (B,) int64 pseudo labels in 0..C-1
@@ -47,7 +52,8 @@ def contrastive_loss(
 ) -> Tensor:  # scalar float32
     "Cross-entropy of the batch against all centroids, logits in float32 also under autocast"
     with torch.autocast(feats.device.type, enabled=False):
-        return F.cross_entropy(feats.float() @ centroids.detach().float().T / temp, labels)
+        feats = _wide(feats)
+        return F.cross_entropy(feats @ centroids.detach().to(feats.dtype).T / temp, labels)
 
 # %% ../nbs/03_memory_loss.ipynb #a01b0b14
 def _rounds(labels):
@@ -101,7 +107,7 @@ def _fitting_labels(feats, labels, centroids):
         raise ValueError(f"labels hold {high}, need 0 to {C - 1}: make the memory from the same labels as the batches")
     return labels
 
-# %% ../nbs/03_memory_loss.ipynb #85ffb9a7
+# %% ../nbs/03_memory_loss.ipynb #acc4ae9d
 class ClusterMemory(nn.Module):
     "The centroids of an epoch: `loss` compares a batch with them, `update` moves them"
 
@@ -118,7 +124,7 @@ class ClusterMemory(nn.Module):
         if not temp > 0:
             raise ValueError(f"temp = {temp} must be above 0: the papers use 0.05")
         self.momentum, self.temp, self.hard = momentum, temp, hard
-        self.register_buffer("centroids", centroids.detach().float().clone())
+        self.register_buffer("centroids", _wide(centroids.detach()).clone())
 
     def loss(
         self,
