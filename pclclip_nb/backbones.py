@@ -203,7 +203,7 @@ def _fill(backbone, weights, mode="bilinear"):
         weights.kind, backbone.name, len(fits), coverage, missing, wrong, weights.dropped, resized, weights.assumed
     )
 
-# %% ../nbs/01b_backbones.ipynb #8fb2eda8
+# %% ../nbs/01b_backbones.ipynb #a857dfdc
 def create_backbone(
     name: str = "ViT-B-16-quickgelu",  # our own, open_clip's or timm's; ValueError with the closest ones if unknown
     pretrained: str
@@ -221,7 +221,8 @@ def create_backbone(
     if isinstance(pretrained, dict) or path and (path.suffix in _SUFFIXES or path.is_file()):
         _class_of(name)  # an unknown name is told before a long file is read
         weights = read_weights(pretrained)
-        backbone = _build(name, None, size, {"norm": weights.norm} | options)
+        told = {} if weights.kind in ("openai", "open_clip") else {"norm": weights.norm}  # CLIP's own binds nobody
+        backbone = _build(name, None, size, told | options)
         report = _fill(backbone, weights, options.get("mode", "bilinear"))
         report.assumed = ()
     else:

@@ -256,7 +256,7 @@ def translate(
                 notes.append(f"--{old} {given[new]} is --{new.replace('_', '-')} with Infomap")
     return given, notes
 
-# %% ../nbs/06a_flags.ipynb #0c586d2e
+# %% ../nbs/06a_flags.ipynb #3822c914
 _UNSET = object()
 
 
@@ -274,7 +274,11 @@ def parse(
     given, notes = translate(given)
     if recipe and not given.get("recipe"):
         notes.insert(0, f"settings of {recipe.name}, implied by what was typed")
-    args = argparse.Namespace(**defaults | _row(recipe) | given)
+    row = _row(recipe)
+    if recipe and recipe.method.startswith("Cluster Contrast") and not given.get("recipe") and "pooling" not in given:
+        row["pooling"] = "gem"
+        notes.append("--pooling gem, the script's default; the published table is of --pooling avg")
+    args = argparse.Namespace(**defaults | row | given)
     if args.step_size:
         args.milestones = tuple(range(args.step_size, args.epochs, args.step_size))
     return args, recipe, notes

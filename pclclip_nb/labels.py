@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['settings_clusterer', 'with_radius', 'pseudo_labels', 'true_labels', 'training_images']
 
-# %% ../nbs/03e_labels.ipynb #a31ad07e
+# %% ../nbs/03e_labels.ipynb #62d85aee
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,13 +15,13 @@ import pandas as pd
 from torch import Tensor
 
 from .cluster_quality import check_labels, suggest_eps
-from .clustering import jaccard_dbscan, jaccard_graph
+from .clustering import jaccard_dbscan
 from .data import check_images
-from .graph_clustering import average_linkage, infomap_clusters
+from .graph_clustering import infomap_clusters, jaccard_linkage
 from .self_paced import SelfPaced
 from .settings import TrainConfig
 
-# %% ../nbs/03e_labels.ipynb #7a7a3cc3
+# %% ../nbs/03e_labels.ipynb #491ae12e
 def settings_clusterer(
     cfg: TrainConfig,  # with `eps` a number
 ) -> Callable:  # features (N, d) -> labels (N,)
@@ -29,7 +29,7 @@ def settings_clusterer(
     if cfg.clusterer == "infomap":
         return partial(infomap_clusters, k=cfg.links, min_sim=cfg.min_sim, min_size=cfg.min_size)
     if cfg.clusterer == "average":
-        return lambda features: average_linkage(jaccard_graph(features, cfg.k1, cfg.k2), cfg.n_clusters)
+        return partial(jaccard_linkage, n_clusters=cfg.n_clusters, k1=cfg.k1, k2=cfg.k2)
     if cfg.self_paced:
         return SelfPaced(cfg.eps, cfg.k1, cfg.k2, cfg.min_samples, cfg.eps_gap)
     return partial(jaccard_dbscan, eps=cfg.eps, k1=cfg.k1, k2=cfg.k2, min_samples=cfg.min_samples)

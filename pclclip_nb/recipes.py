@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'Recipe', 'recipe_table', 'find_recipe', 'resolve', 'recipe_backbone', 'what_to_expect', 'on_track',
            'compare_to_log']
 
-# %% ../nbs/06_recipes.ipynb #203cdbe1
+# %% ../nbs/06_recipes.ipynb #b1654a2e
 import difflib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import nn
 
 from .backbones import create_backbone
 from .data import SPECS
+from .domain_adaptation import reset_necks
 from .settings import TrainConfig
 
 # %% ../nbs/06_recipes.ipynb #313df496
@@ -327,7 +328,7 @@ def resolve(
             raise ValueError(f"no setting is called {name!r}: did you mean {_closest(name, known)}?")
     return replace(recipe.train, **overrides)
 
-# %% ../nbs/06_recipes.ipynb #1e6fe7aa
+# %% ../nbs/06_recipes.ipynb #b259bb58
 def recipe_backbone(
     recipe: Recipe,
     pretrained: str | Path | dict | None = None,  # instead of what the row starts from, see `create_backbone`
@@ -337,10 +338,7 @@ def recipe_backbone(
     if start is None:
         raise ValueError(f"{recipe.name} starts from a file: {recipe.weights}. Give it as pretrained")
     backbone = create_backbone(recipe.model, start, recipe.size, **recipe.options)
-    for neck in backbone.children() if recipe.first else ():
-        if isinstance(neck, nn.BatchNorm1d):
-            neck.reset_parameters()
-    return backbone
+    return reset_necks(backbone) if recipe.first else backbone
 
 # %% ../nbs/06_recipes.ipynb #8dc071e6
 _SHOWN = {"clusters": "{:.0f}", "loss": "{:.2f}", "mAP": "{:.1f}"}

@@ -293,7 +293,7 @@ def _size(state, kind):
     patch = state["image_encoder.conv1.weight"].shape[-1] if name.endswith("encoder.positional_embedding") else 16
     return h * patch, w * patch
 
-# %% ../nbs/01a_weight_files.ipynb #38e8c5c7
+# %% ../nbs/01a_weight_files.ipynb #47c9e4b1
 @dataclass
 class WeightFile:
     "A published checkpoint, opened"
@@ -321,4 +321,5 @@ def read_weights(
     kind = "openai" if meta.get("format") == "TorchScript" and "visual.conv1.weight" in full else kind_of(full)
     state, dropped = our_names(full, kind)
     name, options, assumed = model_of(state, kind, full)
-    return WeightFile(kind, name, KINDS[kind].norm, _size(state, kind), options, assumed, state, dropped)
+    norm = "imagenet" if kind == "clip-reid" and name.startswith("RN") else KINDS[kind].norm
+    return WeightFile(kind, name, norm, _size(state, kind), options, assumed, state, dropped)
