@@ -271,14 +271,15 @@ def _train_step(run, epoch, features, labels, loader, progress):
         loss = train_epoch(run.backbone, memory, loader, targets, run.optimizer, cfg.precision, bar, run.head)
     return {"loss": loss, "lr": lr, "t_train": time.perf_counter() - t0}
 
-# %% ../nbs/04_train.ipynb #560dfd18
+# %% ../nbs/04_train.ipynb #dfe641cc
 def _save_epoch(run, run_dir, labels, features):
     "Labels, weights, and last of all the state that says the epoch is done"
     cfg, history = run.cfg, run.history
     epoch, scores = history[-1]["epoch"], [h.get(cfg.best) for h in history]
-    keep = keep_rows(run.images, cfg.keep_features, cfg.seed)
-    kept = {} if features is None else {"rows": keep, "features": features[keep].half().numpy()}
-    save_arrays(run_dir / "labels" / f"epoch_{epoch:03d}.npz", labels=labels, **kept)
+    features = torch.empty(0, run.backbone.d) if features is None else features
+    keep = keep_rows(run.images, cfg.keep_features, cfg.seed)[: len(features)]
+    kept = {"labels": labels, "rows": keep, "features": features[keep].half().numpy()}
+    save_arrays(run_dir / "labels" / f"epoch_{epoch:03d}.npz", **kept)
     backbone = drop_source(copy.deepcopy(run.backbone)) if cfg.domain_bn else run.backbone
     if scores[-1] is not None and scores[-1] > max((s for s in scores[:-1] if s is not None), default=-math.inf):
         save_weights(backbone, run_dir / "best.safetensors")
