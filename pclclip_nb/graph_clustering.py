@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['similarity_links', 'infomap_labels', 'infomap_clusters', 'average_linkage', 'jaccard_linkage']
 
-# %% ../nbs/02a_graph_clustering.ipynb #f6a5cd7b
+# %% ../nbs/02a_graph_clustering.ipynb #eca382f0
+import subprocess
+import sys
+import tempfile
+
 import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from .clustering import _root, jaccard_graph, relabel
 from .neighbours import compiled, exact_dot, in_blocks, knn, row_blocks, unit_rows
-
-# %% ../nbs/02a_graph_clustering.ipynb #8c80a48c
-from infomap import Network
 
 # %% ../nbs/02a_graph_clustering.ipynb #361db209
 @compiled
@@ -44,11 +45,32 @@ def similarity_links(
     indptr = np.concatenate([[0], keep.sum(1).cumsum()])
     return csr_array((cosines[keep], ranks[keep], indptr), shape=(len(x),) * 2)
 
-# %% ../nbs/02a_graph_clustering.ipynb #349bff5d
+# %% ../nbs/02a_graph_clustering.ipynb #0a31822f
 def _by_first(groups):
     "Groups numbered 0, 1, ... in the order of their first images; negative = -1"
     _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     return relabel(np.where(groups < 0, -1, first[inverse]))
+
+
+_ALONE = """
+import sys
+import numpy as np
+from infomap import Network
+folder, seed = sys.argv[1:]
+run = Network().add_links(np.load(f"{folder}/links.npy")).run(two_level=True, directed=True, seed=int(seed))
+modules = run.modules()
+np.save(f"{folder}/modules.npy", np.array([list(modules), list(modules.values())]))
+"""
+
+
+def _modules(links, seed):
+    "(2, M) nodes with a link and the module of each"
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/links.npy", links)
+        done = subprocess.run([sys.executable, "-c", _ALONE, folder, str(seed)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"Infomap ended with code {done.returncode}: {done.stderr[-500:]}")
+        return np.load(f"{folder}/modules.npy")
 
 
 def infomap_labels(
@@ -64,9 +86,8 @@ def infomap_labels(
     groups, sources = np.full(links.shape[0], -1), np.repeat(np.arange(links.shape[0]), np.diff(links.indptr))
     rows = np.column_stack([sources, links.indices, links.data])[links.data > 0]
     if len(rows):
-        network = Network().add_links(rows)
-        modules = network.run(two_level=True, directed=True, seed=int(seed)).modules()
-        groups[list(modules)] = list(modules.values())
+        nodes, modules = _modules(rows, int(seed))
+        groups[nodes] = modules
     groups[np.bincount(groups + 1)[groups + 1] <= min_size] = -1
     return _by_first(groups)
 
