@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TimmBackbone', 'LoadReport', 'create_backbone', 'load_published', 'load_backbone']
 
-# %% ../nbs/01b_backbones.ipynb #abe29d74
+# %% ../nbs/01b_backbones.ipynb #34eded76
 import difflib
 import inspect
 import json
@@ -18,7 +18,15 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .clip_backbone import ClipBackbone, _no_logs, clip_backbone, load_weights, resize_pos_embed, unit
+from pclclip_nb.clip_backbone import (
+    ClipBackbone,
+    _no_logs,
+    check_size,
+    clip_backbone,
+    load_weights,
+    resize_pos_embed,
+    unit,
+)
 from .resnet import RESNETS, ClipResNetBackbone, Pooling, ResNetBackbone
 from .vit import VITS, ViTBackbone, fit_pos_embed
 from .weight_files import grid_of, read_weights
@@ -45,7 +53,7 @@ def _timm_trunk(name, size, pretrained):
 def _closest(name, names):
     return " or ".join(difflib.get_close_matches(name, names, 3, 0.4)) or "another one"
 
-# %% ../nbs/01b_backbones.ipynb #9add9755
+# %% ../nbs/01b_backbones.ipynb #07379188
 class TimmBackbone(nn.Module):
     "A timm model with a BatchNorm neck: (B, 3, H, W) to (B, d) unit rows"
 
@@ -89,10 +97,7 @@ class TimmBackbone(nn.Module):
         images: Tensor,  # (B, 3, H, W) normalised images; ValueError when H, W are not `size`
     ) -> tuple[Tensor, Tensor]:  # (B, d) before the neck and (B, d) after it, not normalised
         "The features that supervised losses look at"
-        if tuple(images.shape[-2:]) != self.size:
-            raise ValueError(
-                f"images of {tuple(images.shape[-2:])} (H, W) for a backbone of {self.size}: resize them, or build the backbone with that size"
-            )
+        check_size(images, self.size)
         pooled = self.pool(self.trunk.forward_features(images))
         return pooled, self.bottleneck(pooled)
 

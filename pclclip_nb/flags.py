@@ -176,7 +176,7 @@ def make_backbone(
         reset_necks(backbone)
     return backbone.to(args.device)
 
-# %% ../nbs/06a_flags.ipynb #be9358cd
+# %% ../nbs/06a_flags.ipynb #c26b58dc
 def implied_recipe(
     given: dict,  # what was typed: flag -> value
 ) -> Recipe | None:  # None = the plain defaults
@@ -185,17 +185,21 @@ def implied_recipe(
         return find_recipe(given["recipe"])
     data, source = given.get("dataset", "msmt17"), given.get("source_dataset")
     if given.get("config_file"):
+        if Path(given["config_file"]).name != "pcl-vit.yml":
+            raise ValueError(
+                f"--config_file {given['config_file']} is not read: only pcl-vit.yml is known by its name, give a --recipe instead"
+            )
         family = "pclclip-supervised"
     elif source:
         family = f"spcl-uda-{source}"
     else:
         family = _family(given.get("model", ""), given)
-    name = f"{family}-{data if data in SPECS else 'market1501'}"
-    return RECIPES.get(name) if family else None
+    rows = (f"{family}-{data}", f"{family}-market1501", "spcl-uda-msmt17-market1501")
+    return next(RECIPES[name] for name in rows if name in RECIPES) if family else None
 
 
 def _family(model, given):
-    if model in RESNETS and model != "resnet18":
+    if model in RESNETS:
         return "cc-infomap" if given.get("clusterer") == "infomap" else "cc"
     if model.removeprefix("pass_").removeprefix("transreid_") in ("vit_small", "vit_base"):
         stem = "-ics" if given.get("conv_stem") and model.startswith("transreid") else ""
@@ -231,7 +235,7 @@ def add_published(
 
 _PAIRS = {"DATASETS.NAMES": "dataset", "DATASETS.ROOT_DIR": "data_dir", "OUTPUT_DIR": "logs_dir"}
 
-# %% ../nbs/06a_flags.ipynb #edffeaa9
+# %% ../nbs/06a_flags.ipynb #1aaed4b1
 def translate(
     given: dict,  # what was typed: flag -> value
 ) -> tuple[dict, list[str]]:  # the same in our words; notes for the user
@@ -244,9 +248,9 @@ def translate(
     for word in ("features", "dropout"):
         if given.pop(word, 0):
             raise ValueError(f"--{word} is not there: leave it out, or give 0, the published default")
-    for word in ("print_freq", "hw_ratio", "config_file"):
+    for word in ("print_freq", "hw_ratio"):
         if given.get(word) is not None:
-            notes.append(f"--{word.replace('_f', '-f').replace('_r', '-r')} has no effect here")
+            notes.append(f"--{word.replace('_', '-')} has no effect here")
     if "eps_gap" in given and not given.get("self_paced"):
         notes.append("--eps-gap has no effect without --self-paced")
     if given.get("clusterer") == "infomap":

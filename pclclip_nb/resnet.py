@@ -6,14 +6,14 @@
 __all__ = ['POOLINGS', 'RESNETS', 'gem', 'Pooling', 'keep_resolution', 'IBN', 'ResNetBackbone', 'resize_attention_pool',
            'clip_resnet_features', 'ClipResNetBackbone']
 
-# %% ../nbs/01a_resnet.ipynb #b8d34d66
+# %% ../nbs/01a_resnet.ipynb #c0813bb2
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from torch import Tensor, nn
 from torchvision import models
 
-from .clip_backbone import resize_pos_embed
+from .clip_backbone import check_size, resize_pos_embed
 from .loading import NORMS
 
 # %% ../nbs/01a_resnet.ipynb #10035a47
@@ -92,7 +92,7 @@ class IBN(nn.Module):
         first, rest = maps.split((self.IN.num_features, self.BN.num_features), dim=1)
         return torch.cat([self.IN(first), self.BN(rest)], dim=1)
 
-# %% ../nbs/01a_resnet.ipynb #7953e432
+# %% ../nbs/01a_resnet.ipynb #a7e856bf
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet_ibn50a", "resnet_ibn101a")
 
 
@@ -101,13 +101,6 @@ def _neck(d):
     neck = nn.BatchNorm1d(d)
     neck.bias.requires_grad_(False)
     return neck
-
-
-def _check_images(images, size):
-    if tuple(images.shape[-2:]) != size:
-        raise ValueError(
-            f"images of {tuple(images.shape[-2:])} (H, W) for a backbone of {size}: resize them, or build the backbone with that size"
-        )
 
 
 def _trunk(name, pretrained):
@@ -124,7 +117,7 @@ def _trunk(name, pretrained):
         block.bn1 = IBN(block.bn1.num_features)
     return net
 
-# %% ../nbs/01a_resnet.ipynb #ddc9b7bb
+# %% ../nbs/01a_resnet.ipynb #8cca96b3
 class ResNetBackbone(nn.Module):
     "ResNet with stride 1 in the last stage, a pool and a BatchNorm neck: (B, 3, H, W) to (B, d) unit rows (Cluster Contrast, 2021)"
 
@@ -152,7 +145,7 @@ class ResNetBackbone(nn.Module):
         images: Tensor,  # (B, 3, H, W) normalised images; ValueError when H, W are not `size`
     ) -> tuple[Tensor, Tensor]:  # (B, d) before the neck and (B, d) after it, not normalised
         "The features that supervised losses look at"
-        _check_images(images, self.size)
+        check_size(images, self.size)
         pooled = self.gap(self.base(images))
         return pooled, self.feat_bn(pooled)
 
@@ -183,7 +176,7 @@ def clip_resnet_features(
         maps = stage(maps)
     return maps.mean((2, 3)), visual.attnpool(maps)
 
-# %% ../nbs/01a_resnet.ipynb #99848cc2
+# %% ../nbs/01a_resnet.ipynb #d67e0615
 class ClipResNetBackbone(nn.Module):
     "CLIP ResNet with stride 1 in the last stage and two BatchNorm necks: (B, 3, H, W) to (B, d) unit rows (CLIP-ReID, 2023)"
 
@@ -213,7 +206,7 @@ class ClipResNetBackbone(nn.Module):
         images: Tensor,  # (B, 3, H, W) normalised images; ValueError when H, W are not `size`
     ) -> tuple[Tensor, Tensor]:  # (B, d) before the necks and (B, d) after them, not normalised
         "The features that supervised losses look at"
-        _check_images(images, self.size)
+        check_size(images, self.size)
         mean, answer = clip_resnet_features(self.image_encoder, images)
         return torch.cat([mean, answer], 1), torch.cat([self.bottleneck(mean), self.bottleneck_proj(answer)], 1)
 

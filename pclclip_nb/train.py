@@ -100,7 +100,7 @@ class EpochResult:
     row: dict  # this epoch's row of the history
     backbone: nn.Module  # after this epoch's steps
 
-# %% ../nbs/04_train.ipynb #d43b80df
+# %% ../nbs/04_train.ipynb #551a1730
 @dataclass
 class _Run:
     "Everything a run is made of"
@@ -128,6 +128,10 @@ def _check_source(cfg, source):
         raise ValueError("domain_bn needs a source data set: without one there is one domain")
 
 
+def _source_digest(run):
+    return None if run.source is None else digest(run.source)
+
+
 def _start(cfg, table, backbone, source, clusterer, refiners):
     "The parts of a fresh run"
     _check_source(cfg, source)
@@ -151,6 +155,10 @@ def _start(cfg, table, backbone, source, clusterer, refiners):
 
 def _restore(run, state):
     "Fill the parts from a saved state"
+    if state.get("source") != _source_digest(run):
+        raise ValueError(
+            "the run was made with another source data set: resume with the same, or start a new run folder"
+        )
     run.history = state["history"]
     if "memory" in state:
         rows, n = state["memory"]["rows"], len(state["memory"]["rows"]) - len(run.images)
@@ -159,7 +167,7 @@ def _restore(run, state):
     for name in run.state():
         getattr(run, name).load_state_dict(state[name])
 
-# %% ../nbs/04_train.ipynb #73b98341
+# %% ../nbs/04_train.ipynb #30670cd7
 def _loader(run, images):
     "All of these images, as clustering sees them"
     norm = NORMS[getattr(run.backbone, "norm", "imagenet")]
@@ -172,7 +180,7 @@ def _features(run, loader, progress):
     if run.cfg.memory == "none":
         return None
     if run.memory is not None:
-        return run.memory.features.cpu()
+        return run.memory.features.cpu().clone()  # the rows move on during the epoch
     return extract_features(run.backbone, loader, run.cfg.feature_precision, progress)
 
 
@@ -251,7 +259,7 @@ def _batches(run, labels):
     transform = train_transform(run.backbone.size, *norm, fill=NORMS[run.cfg.fill][0])
     return train_loader(images, _sampler(run, labels), run.backbone.size, run.cfg.workers, transform)
 
-# %% ../nbs/04_train.ipynb #10394101
+# %% ../nbs/04_train.ipynb #90ad673e
 def _train_step(run, epoch, features, labels, loader, progress):
     "The steps of an epoch, and what the history says of them"
     cfg, t0, lr = run.cfg, time.perf_counter(), learning_rate(epoch, run.cfg)
@@ -265,13 +273,14 @@ def _train_step(run, epoch, features, labels, loader, progress):
         sampler.set_epoch(epoch, labels)
     memory, targets = _memory(run, features, labels)
     set_learning_rate(run.optimizer, lr)
-    bar = tqdm(total=len(sampler), desc=f"epoch {epoch}/{cfg.epochs}", disable=not progress, leave=False)
+    desc = f"epoch {epoch}/{cfg.epochs}, {labels.max() + 1} clusters"
+    bar = tqdm(total=len(sampler), desc=desc, disable=not progress, leave=False)
     with bar, torch.random.fork_rng():
         torch.manual_seed(cfg.seed * 100_003 + epoch)
         loss = train_epoch(run.backbone, memory, loader, targets, run.optimizer, cfg.precision, bar, run.head)
     return {"loss": loss, "lr": lr, "t_train": time.perf_counter() - t0}
 
-# %% ../nbs/04_train.ipynb #dfe641cc
+# %% ../nbs/04_train.ipynb #d780eedb
 def _save_epoch(run, run_dir, labels, features):
     "Labels, weights, and last of all the state that says the epoch is done"
     cfg, history = run.cfg, run.history
@@ -285,7 +294,7 @@ def _save_epoch(run, run_dir, labels, features):
         save_weights(backbone, run_dir / "best.safetensors")
     save_weights(backbone, run_dir / "last.safetensors")
     state = {"format": 1, "history": history, "config": asdict(cfg), "images": digest(run.images)}
-    save_state(run_dir, state | run.state())
+    save_state(run_dir, state | {"source": _source_digest(run)} | run.state())
 
 # %% ../nbs/04_train.ipynb #94f9ece7
 def train(

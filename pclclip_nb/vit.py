@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VITS', 'fuse_tokens', 'ConvStem', 'ViTBackbone', 'fit_pos_embed']
 
-# %% ../nbs/01a_vit.ipynb #fb9cbdae
+# %% ../nbs/01a_vit.ipynb #ef476343
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .clip_backbone import resize_pos_embed, unit
+from .clip_backbone import check_size, resize_pos_embed, unit
 from .resnet import IBN
 
 # %% ../nbs/01a_vit.ipynb #9c64bcc1
@@ -136,17 +136,14 @@ class ViTBackbone(nn.Module):
         "Embed a batch of images"
         return unit(self.embed(images)[1])
 
-# %% ../nbs/01a_vit.ipynb #b7355275
+# %% ../nbs/01a_vit.ipynb #7a6e63de
 @patch
 def tokens(
     self: ViTBackbone,
     images: Tensor,  # (B, 3, H, W) normalised images; ValueError when H, W are not `size`
 ) -> Tensor:  # (B, t, D) class token (t = 1), for PASS with its three part tokens (t = 4)
     "The extra tokens after the last block and its LayerNorm"
-    if tuple(images.shape[-2:]) != self.size:
-        raise ValueError(
-            f"images of {tuple(images.shape[-2:])} (H, W) for a backbone of {self.size}: resize them, or build the backbone with that size"
-        )
+    check_size(images, self.size)
     extra = torch.cat([getattr(self, k) for k in _TOKENS[: self.t]], 1)
     x = torch.cat([extra.expand(len(images), -1, -1), self.patch_embed(images)], 1)
     places = [getattr(self, k) for k in _PLACES] if self.t == 4 else []
