@@ -7,8 +7,9 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'NORMS', 'Normalise', 'test_transfor
            'train_transform', 'ImageTable', 'cluster_rows', 'cluster_rounds', 'draw_instances', 'PKSampler',
            'train_loader', 'test_loader']
 
-# %% ../nbs/00b_loading.ipynb #2af70fe6
+# %% ../nbs/00b_loading.ipynb #a1f776d8
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -158,41 +159,40 @@ def cluster_rows(
     starts = np.unique(labels[rows], return_index=True)[1]
     return np.split(rows, starts[1:]) if len(rows) else []
 
-# %% ../nbs/00b_loading.ipynb #c004efc3
+# %% ../nbs/00b_loading.ipynb #18b90a6c
 def cluster_rounds(
     rng: np.random.Generator,  # source of all draws
     n_clusters: int,  # C, at least `per_batch`
     per_batch: int,  # P, clusters in a batch
-    iters: int,  # number of batches
-) -> np.ndarray:  # (iters, P) cluster numbers, distinct within a row
+) -> Iterator[np.ndarray]:  # without end: (P,) cluster numbers, all distinct
     "Deal out random passes over the clusters, one after the other"
-    queue, out = np.empty(0, int), np.empty((iters, per_batch), int)
-    for row in out:
+    queue = np.empty(0, int)
+    while True:
         if len(queue) < per_batch:
             fresh = rng.permutation(n_clusters)
             fill = fresh[~np.isin(fresh, queue)][: per_batch - len(queue)]
             queue = np.concatenate([queue, fill, fresh[~np.isin(fresh, fill)]])
-        row[:], queue = queue[:per_batch], queue[per_batch:]
-    return out
+        yield queue[:per_batch]
+        queue = queue[per_batch:]
 
-# %% ../nbs/00b_loading.ipynb #faf8d708
+# %% ../nbs/00b_loading.ipynb #a5d3c2d4
 def draw_instances(
     rng: np.random.Generator,  # source of all draws
     rows: np.ndarray,  # (n,) rows of one cluster
     cams: np.ndarray,  # (n,) their cameras; all equal = no camera rule
     k: int,  # K, images to draw
-) -> np.ndarray:  # (K,) rows, the anchor first
+) -> np.ndarray:  # (K,) rows, the anchor first; (1,) from a cluster of one
     "An anchor and K-1 companions, of other cameras than its own if there are any"
     a = rng.integers(len(rows))
     pool = rows[cams != cams[a]]
     if not len(pool):
         pool = np.delete(rows, a)
     if not len(pool):
-        return np.repeat(rows[a], k)
+        return rows
     rest = rng.permutation(pool)[: k - 1] if len(pool) >= k else pool[rng.integers(len(pool), size=k - 1)]
     return np.concatenate([rows[a : a + 1], rest])
 
-# %% ../nbs/00b_loading.ipynb #98d6010b
+# %% ../nbs/00b_loading.ipynb #b34b7efb
 class PKSampler(Sampler):
     "`iters` batches of P clusters × K images per epoch, as lists of `(row, seed)`"
 
@@ -224,10 +224,13 @@ class PKSampler(Sampler):
         return self.iters
 
     def __iter__(self):
-        rng, k = np.random.default_rng([self.seed, self.epoch]), self.num_instances
-        for chosen in cluster_rounds(rng, len(self._clusters), self.batch_size // k, self.iters):
-            rows = np.concatenate([draw_instances(rng, *self._clusters[c], k) for c in chosen])
-            yield list(zip(rows.tolist(), rng.integers(2**32, size=len(rows)).tolist(), strict=True))
+        rng, size, k = np.random.default_rng([self.seed, self.epoch]), self.batch_size, self.num_instances
+        rounds, rows = cluster_rounds(rng, len(self._clusters), size // k), np.empty(0, int)
+        for _ in range(self.iters):
+            while len(rows) < size:
+                rows = np.concatenate([rows, *(draw_instances(rng, *self._clusters[c], k) for c in next(rounds))])
+            yield list(zip(rows[:size].tolist(), rng.integers(2**32, size=size).tolist(), strict=True))
+            rows = rows[size:]
 
 # %% ../nbs/00b_loading.ipynb #c6eb3812
 def _array(x):

@@ -15,7 +15,7 @@ from torch import nn
 from .clip_backbone import autocast_dtype
 from .loading import NORMS
 
-# %% ../nbs/03c_settings.ipynb #87c4d5d0
+# %% ../nbs/03c_settings.ipynb #26098618
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of a training run (defaults: PCL-CLIP without labels, 60 epochs)"
@@ -37,6 +37,9 @@ class TrainConfig:
     epochs: int = 60  # rounds of clustering and training
     memory: str = "cluster"  # what the loss compares with: cluster (centroids), hybrid (outliers too, SpCL) or none
     momentum: float = 0.1  # share of the old centroid in a memory update, in [0, 1]
+    reextract: bool = (
+        False  # hybrid memory: take features anew before every clustering (SpCL clusters what it remembers)
+    )
     temp: float = 0.05  # temperature of the contrastive loss, > 0
     use_hard: bool = False  # update each centroid with its hardest image only
     use_cams: bool = True  # sample a cluster's images from other cameras than the anchor's

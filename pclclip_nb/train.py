@@ -167,7 +167,7 @@ def _restore(run, state):
     for name in run.state():
         getattr(run, name).load_state_dict(state[name])
 
-# %% ../nbs/04_train.ipynb #30670cd7
+# %% ../nbs/04_train.ipynb #0659f472
 def _loader(run, images):
     "All of these images, as clustering sees them"
     norm = NORMS[getattr(run.backbone, "norm", "imagenet")]
@@ -179,7 +179,7 @@ def _features(run, loader, progress):
     "(N, d) features to cluster, None if nothing asks for them"
     if run.cfg.memory == "none":
         return None
-    if run.memory is not None:
+    if run.memory is not None and not run.cfg.reextract:
         return run.memory.features.cpu().clone()  # the rows move on during the epoch
     return extract_features(run.backbone, loader, run.cfg.feature_precision, progress)
 
@@ -203,7 +203,7 @@ def _label_step(run, loader, progress):
     row |= chosen | {k.lower(): report[k] for k in ("ARI", "NMI", "purity") if k in report}
     return features, labels, row | {"t_features": t1 - t0, "t_cluster": t2 - t1}
 
-# %% ../nbs/04_train.ipynb #44b489bc
+# %% ../nbs/04_train.ipynb #a6198ab9
 def _memory(run, features, labels):
     "The memory of this epoch, and the target of each row that the loader yields"
     cfg, device = run.cfg, next(run.backbone.parameters()).device
@@ -213,7 +213,7 @@ def _memory(run, features, labels):
         centroids = cluster_centroids(features, torch.as_tensor(labels))
         return ClusterMemory(centroids, cfg.momentum, cfg.temp, cfg.use_hard).to(device), labels
     source = np.empty(0, np.int64) if run.source is None else true_labels(run.source.pid.to_numpy())
-    if run.memory is None:
+    if run.memory is None or cfg.reextract:
         run.memory = HybridMemory(features, _source_centroids(run, source), cfg.momentum, cfg.temp).to(device)
     run.memory.set_labels(torch.as_tensor(labels))
     first = source.max() + 1 if len(source) else 0
@@ -259,7 +259,7 @@ def _batches(run, labels):
     transform = train_transform(run.backbone.size, *norm, fill=NORMS[run.cfg.fill][0])
     return train_loader(images, _sampler(run, labels), run.backbone.size, run.cfg.workers, transform)
 
-# %% ../nbs/04_train.ipynb #90ad673e
+# %% ../nbs/04_train.ipynb #fc84cdb0
 def _train_step(run, epoch, features, labels, loader, progress):
     "The steps of an epoch, and what the history says of them"
     cfg, t0, lr = run.cfg, time.perf_counter(), learning_rate(epoch, run.cfg)
@@ -267,7 +267,9 @@ def _train_step(run, epoch, features, labels, loader, progress):
     if cfg.clusterer != "pids":
         target = sampler.target if run.source is not None else sampler
         drawn = _drawn(cfg, labels)
-        target.iters = cfg.iters or max(1, len(np.unique(drawn[drawn >= 0])) * cfg.num_instances // cfg.batch_size)
+        counts = np.bincount(drawn[drawn >= 0])
+        one_pass = np.where(counts > 1, cfg.num_instances, counts).sum() // cfg.batch_size
+        target.iters = cfg.iters or max(1, one_pass)
         sampler.set_epoch(epoch, drawn)
     else:
         sampler.set_epoch(epoch, labels)
