@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TimmBackbone', 'LoadReport', 'create_backbone', 'load_published', 'load_backbone']
 
-# %% ../nbs/01b_backbones.ipynb #34eded76
+# %% ../nbs/01b_backbones.ipynb #ef4a74bf
 import difflib
 import inspect
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 import open_clip
 import timm
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from pclclip_nb.clip_backbone import (
@@ -53,7 +54,7 @@ def _timm_trunk(name, size, pretrained):
 def _closest(name, names):
     return " or ".join(difflib.get_close_matches(name, names, 3, 0.4)) or "another one"
 
-# %% ../nbs/01b_backbones.ipynb #07379188
+# %% ../nbs/01b_backbones.ipynb #b8d88529
 class TimmBackbone(nn.Module):
     "A timm model with a BatchNorm neck: (B, 3, H, W) to (B, d) unit rows"
 
@@ -82,16 +83,6 @@ class TimmBackbone(nn.Module):
         self.bottleneck.bias.requires_grad_(False)
         self.train()
 
-    def pool(
-        self,
-        out: Tensor,  # (B, d, h, w) or (B, h, w, d) map, or (B, tokens, d)
-    ) -> Tensor:  # (B, d)
-        "One vector per image from what the trunk gives"
-        if self.gap is None:
-            return self.trunk.forward_head(out, pre_logits=True)
-        last = out.shape[1] != self.trunk.num_features  # channels last
-        return self.gap(out.permute(0, 3, 1, 2) if last else out)
-
     def embed(
         self,
         images: Tensor,  # (B, 3, H, W) normalised images; ValueError when H, W are not `size`
@@ -108,20 +99,34 @@ class TimmBackbone(nn.Module):
         "Embed a batch of images"
         return unit(self.embed(images)[1])
 
-# %% ../nbs/01b_backbones.ipynb #f37fc03d
+# %% ../nbs/01b_backbones.ipynb #f0e0db61
+@patch
+def pool(
+    self: TimmBackbone,
+    out: Tensor,  # (B, d, h, w) or (B, h, w, d) map, or (B, tokens, d)
+) -> Tensor:  # (B, d)
+    "One vector per image from what the trunk gives"
+    if self.gap is None:
+        return self.trunk.forward_head(out, pre_logits=True)
+    last = out.shape[1] != self.trunk.num_features  # channels last
+    return self.gap(out.permute(0, 3, 1, 2) if last else out)
+
+# %% ../nbs/01b_backbones.ipynb #634fa778
 def _class_of(name):
     "The backbone class that a name belongs to"
     config = open_clip.get_model_config(name)
     if name in RESNETS or name in VITS:
         return ResNetBackbone if name in RESNETS else ViTBackbone
     if config is not None:
+        if timm.is_model(name):
+            raise ValueError(f"{name} of open_clip has no class token to read: ask for timm's, timm/{name}")
         return ClipResNetBackbone if isinstance(config["vision_cfg"].get("layers"), list) else ClipBackbone
     if name.startswith("timm/") or timm.is_model(name.partition(".")[0]):
         return TimmBackbone
     names = [*RESNETS, *VITS, *open_clip.list_models(), *timm.list_models()]
     raise ValueError(f"no backbone is called {name!r}: did you mean {_closest(name, names)}?")
 
-
+# %% ../nbs/01b_backbones.ipynb #2b230cc4
 def _build(name, pretrained, size, options):
     "A backbone with random or downloaded weights"
     cls = _class_of(name)
@@ -141,7 +146,7 @@ def _build(name, pretrained, size, options):
     with _no_logs():
         return ClipResNetBackbone(open_clip.create_model(name, pretrained=pretrained).visual, size, name, **options)
 
-# %% ../nbs/01b_backbones.ipynb #9b7f1139
+# %% ../nbs/01b_backbones.ipynb #1cb682d2
 @dataclass
 class LoadReport:
     "What became of the weights in a file"
@@ -165,11 +170,7 @@ class LoadReport:
         words += [f"assumed: {', '.join(self.assumed)}"] if self.assumed else []
         return "\n    ".join(words)
 
-
-def _is_neck(key):
-    return key.split(".")[0].startswith(("bottleneck", "feat_bn", "gap"))
-
-
+# %% ../nbs/01b_backbones.ipynb #0109f1f0
 def _fit_positions(backbone, state, mode):
     "State dict with position embeddings for the backbone's grid; which were resized, from what to what"
     if isinstance(backbone, ViTBackbone):
@@ -185,7 +186,11 @@ def _fit_positions(backbone, state, mode):
     state = state | {key: resize_pos_embed(state[key], new, old, mode)}
     return state, {key: (old, new)} if old != new else {}
 
-# %% ../nbs/01b_backbones.ipynb #de1d6e12
+# %% ../nbs/01b_backbones.ipynb #114eedb3
+def _is_neck(key):
+    return key.split(".")[0].startswith(("bottleneck", "feat_bn", "gap"))
+
+
 def _fill(backbone, weights, mode="bilinear"):
     "Load weights into a backbone of their kind and report. Raises ValueError below full coverage of the trunk."
     own, (state, resized) = backbone.state_dict(), _fit_positions(backbone, weights.state, mode)
@@ -208,14 +213,13 @@ def _fill(backbone, weights, mode="bilinear"):
         weights.kind, backbone.name, len(fits), coverage, missing, wrong, weights.dropped, resized, weights.assumed
     )
 
-# %% ../nbs/01b_backbones.ipynb #a857dfdc
+# %% ../nbs/01b_backbones.ipynb #7160ced9
+_SUFFIXES = (".pt", ".pth", ".tar", ".bin", ".safetensors", ".ckpt", ".pkl")
+
+
 def create_backbone(
     name: str = "ViT-B-16-quickgelu",  # our own, open_clip's or timm's; ValueError with the closest ones if unknown
-    pretrained: str
-    | bool
-    | Path
-    | dict
-    | None = None,  # None = random; a published file; an open_clip tag; "imagenet" for our ResNets; True or a tag for timm
+    pretrained: str | bool | Path | dict | None = None,  # None = random; a file or its content; a tag; True
     size: tuple[int, int] = (256, 128),  # (H, W) input pixels
     **options,  # of the class: pooling, fusion, multi_neck, conv_stem, drop_path, norm, mode
 ) -> nn.Module:  # with .d, .size, .norm, .name, .options, and .report if a file was read
@@ -235,14 +239,10 @@ def create_backbone(
     backbone.options, backbone.report = getattr(backbone, "options", {}) | given, report
     return backbone
 
-
-_SUFFIXES = (".pt", ".pth", ".tar", ".bin", ".safetensors", ".ckpt", ".pkl")
-
-# %% ../nbs/01b_backbones.ipynb #1d7c3a43
+# %% ../nbs/01b_backbones.ipynb #5dd28226
 def load_published(
     source: dict | str | Path,  # a published checkpoint: a file, or what one holds
-    size: tuple[int, int]
-    | None = None,  # (H, W) input pixels; None = as it was trained, 256×128 if the file does not tell
+    size: tuple[int, int] | None = None,  # (H, W) input pixels; None = the file's, 256×128 if it does not tell
     name: str | None = None,  # network, if not the one the file seems to be of
     **options,  # over those read from the file: pooling, fusion, norm, mode, …
 ) -> tuple[nn.Module, LoadReport]:  # backbone in evaluation mode; what was loaded

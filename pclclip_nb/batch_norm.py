@@ -41,7 +41,7 @@ def _norms(module):
         raise ValueError("SyncBatchNorm pools its statistics over processes: make the module with plain BatchNorm")
     return norms
 
-# %% ../nbs/01d_batch_norm.ipynb #1b1d8525
+# %% ../nbs/01d_batch_norm.ipynb #48862cb2
 class _Ghost(_Split):
     def forward(self, x):
         if not self.training:
@@ -63,7 +63,7 @@ class _Ghost(_Split):
     def extra_repr(self):
         return f"{super().extra_repr()}, chunks={self.chunks}"
 
-
+# %% ../nbs/01d_batch_norm.ipynb #08c0d091
 def set_bn_chunks(
     module: nn.Module,  # any network, changed in place; parameters and names of the state dict stay
     chunks: int,  # consecutive chunks of a training batch with statistics of their own; 1 = plain BatchNorm again
@@ -81,7 +81,7 @@ def set_bn_chunks(
         norm.__class__, norm.chunks = _mixed(*bases), int(chunks)
     return module
 
-# %% ../nbs/01d_batch_norm.ipynb #c1216073
+# %% ../nbs/01d_batch_norm.ipynb #d31efa4c
 class _Domain(_Split):
     def forward(self, x):
         if not self.training:
@@ -94,7 +94,7 @@ class _Domain(_Split):
     def extra_repr(self):
         return f"{super().extra_repr()}, domain={self.domain}"
 
-
+# %% ../nbs/01d_batch_norm.ipynb #33fc76e0
 def set_domain_bn(
     module: nn.Module,  # any network, changed in place; gains the source's weights and statistics, copies of its own
 ) -> nn.Module:  # the same module; training batches are half source, half target
@@ -103,7 +103,9 @@ def set_domain_bn(
     if any(isinstance(norm, _Domain) for norm in norms):
         raise ValueError(f"{type(module).__name__} has norms of two domains already: call drop_source first")
     if not norms:
-        raise ValueError(f"{type(module).__name__} has no BatchNorm, so its domains cannot differ")
+        raise ValueError(
+            f"{type(module).__name__} has no BatchNorm, so its domains cannot differ: choose a network with BatchNorm"
+        )
     for norm in norms:
         source = copy.deepcopy(norm)
         norm.__class__ = _mixed(_Domain, *_bases(norm))

@@ -25,12 +25,15 @@ from .settings import TrainConfig
 from .tiny_clip import NAME, tiny_clip_weights
 from .weight_files import flat_state, kind_of, read_checkpoint
 
-# %% ../nbs/06a_flags.ipynb #8f12eabe
+# %% ../nbs/06a_flags.ipynb #cc651c70
 class Parser(argparse.ArgumentParser):
     "An ArgumentParser whose errors are one line"
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+# %% ../nbs/06a_flags.ipynb #32cea98f
+_SHORT = {"batch_size": ["-b"], "workers": ["-j"]}
 
 
 def _radius(text):
@@ -38,9 +41,6 @@ def _radius(text):
     return text if text == "auto" else float(text)
 
 
-_SHORT = {"batch_size": ["-b"], "workers": ["-j"]}
-
-# %% ../nbs/06a_flags.ipynb #a3f9bfd1
 def add_settings(
     parser: argparse.ArgumentParser,  # changed
 ) -> None:
@@ -67,7 +67,7 @@ def settings(
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
     return TrainConfig(**values | {"milestones": tuple(values["milestones"])})
 
-# %% ../nbs/06a_flags.ipynb #7ef2faf0
+# %% ../nbs/06a_flags.ipynb #91a8aeeb
 OWN = ("folder", "csv")
 
 
@@ -77,20 +77,11 @@ def add_data(
     "Flags of the data set and of its images' size"
     add, own = parser.add_argument, "'folder' or 'csv'"
     add(
-        "-d",
-        "--dataset",
-        "-dt",
-        "--dataset-target",
-        default="msmt17",
-        choices=[*SPECS, *OWN],
+        *("-d", "--dataset", "-dt", "--dataset-target"), default="msmt17", choices=[*SPECS, *OWN],
         help=f"benchmark, or your own {own} (default: msmt17)",
-    )
+    )  # fmt: skip
     add("--data-dir", default="data", help="folder that holds the data set; for csv the file (default: data)")
-    add(
-        "--pattern",
-        default=None,
-        help="folder only: regular expression on file names with groups pid and camid, e.g. '(?P<pid>\\d+)_c(?P<camid>\\d+)'",
-    )
+    add("--pattern", help="folder only: regular expression on file names with groups pid and camid, e.g. '(?P<pid>\\d+)_c(?P<camid>\\d+)'")  # fmt: skip
     add("--height", type=int, default=256, help="input height in pixels (default: 256)")
     add("--width", type=int, default=128, help="input width in pixels (default: 128)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: cuda if there is one)")  # fmt: skip
@@ -110,10 +101,7 @@ def read_table(
         )
     return read_dataset(args.dataset, args.data_dir)
 
-# %% ../nbs/06a_flags.ipynb #338c4e6c
-_OPTIONS = ("norm", "pooling", "fusion", "multi_neck", "conv_stem", "drop_path")
-
-
+# %% ../nbs/06a_flags.ipynb #4e559dac
 def add_backbone(
     parser: argparse.ArgumentParser,  # changed
 ) -> None:
@@ -126,28 +114,19 @@ def add_backbone(
         default="ViT-B-16-quickgelu",
         help="open_clip, timm or own name, such as resnet50, resnet_ibn50a, pass_vit_small, pclclip-tiny (default: ViT-B-16-quickgelu)",
     )
-    add(
-        "--pretrained",
-        "-pp",
-        "--pretrained-path",
-        default="openai",
-        help="tag or weights file to start from; 'none' = random (default: openai)",
-    )
-    add(
-        "--norm",
-        choices=("imagenet", "half", "clip"),
-        help="constants that images are normalised with (default: imagenet)",
-    )
+    start = "tag or weights file to start from; 'none' = random (default: openai)"
+    add("--pretrained", "-pp", "--pretrained-path", default="openai", help=start)
+    normal = "constants that images are normalised with (default: imagenet)"
+    add("--norm", choices=("imagenet", "half", "clip"), help=normal)
     add("--self-norm", dest="norm", action="store_const", const="half", help="the same as --norm half")
     add("--pooling", "--pooling-type", choices=("gem", "avg", "max", "avg+max"), help="of feature maps (default: gem)")
-    add(
-        "--fusion", "--feat-fusion", choices=("cat", "mean"), help="PASS: how class and part tokens join (default: cat)"
-    )
+    joined = "PASS: how class and part tokens join (default: cat)"
+    add("--fusion", "--feat-fusion", choices=("cat", "mean"), help=joined)
     add("--multi-neck", action="store_true", default=None, help="PASS: a neck for each token")
     add("--conv-stem", action="store_true", default=None, help="PASS and TransReID-SSL: the convolution stem (ICS)")
     add("--drop-path", "--drop-path-rate", type=float, help="PASS and TransReID-SSL: stochastic depth, in [0, 1)")  # fmt: skip
 
-
+# %% ../nbs/06a_flags.ipynb #b150727c
 def _own_name(args):
     "Names of the published scripts in ours"
     if args.model not in ("vit_small", "vit_base"):
@@ -157,7 +136,10 @@ def _own_name(args):
         family = kind_of(flat_state(read_checkpoint(args.pretrained))).split("-")[0]
     return f"{'transreid' if family == 'transreid' else 'pass'}_{args.model}"
 
-# %% ../nbs/06a_flags.ipynb #5dabbe22
+# %% ../nbs/06a_flags.ipynb #262a3820
+_OPTIONS = ("norm", "pooling", "fusion", "multi_neck", "conv_stem", "drop_path")
+
+
 def make_backbone(
     args: argparse.Namespace,  # of `add_data` and `add_backbone`
     recipe: Recipe | None = None,  # a row that starts from another row's weights gets new necks
@@ -206,23 +188,16 @@ def _family(model, given):
         return model.split("_")[0].replace("vit", "pass") + stem
     return ""
 
-# %% ../nbs/06a_flags.ipynb #1df47063
+# %% ../nbs/06a_flags.ipynb #c2bb0cf8
 def add_published(
     parser: argparse.ArgumentParser,  # changed
 ) -> None:
     "Flags that published scripts have and `TrainConfig` has not"
     add = parser.add_argument
-    add(
-        "--recipe",
-        help="row of the table of published experiments, such as pclclip-market1501; other flags override it",
-    )
-    add(
-        "--source-dataset",
-        "-ds",
-        "--dataset-source",
-        choices=list(SPECS),
-        help="labelled data set to train beside (SpCL)",
-    )
+    row = "row of the table of published experiments, such as pclclip-market1501; other flags override it"
+    beside = "labelled data set to train beside (SpCL)"
+    add("--recipe", help=row)
+    add("--source-dataset", "-ds", "--dataset-source", choices=list(SPECS), help=beside)
     add("--source-dir", help="folder that holds it (default: --data-dir)")
     add("--step-size", type=int, help="milestones at its multiples")
     add("--features", type=int, help="accepted as 0: there is no embedding layer")
@@ -232,10 +207,10 @@ def add_published(
     add("--config_file", help="the supervised PCL-CLIP: implies its recipe; the file is not read")
     add("pairs", nargs="*", metavar="KEY VALUE", help="DATASETS.NAMES, DATASETS.ROOT_DIR, OUTPUT_DIR of its configuration")  # fmt: skip
 
-
+# %% ../nbs/06a_flags.ipynb #edd2e694
 _PAIRS = {"DATASETS.NAMES": "dataset", "DATASETS.ROOT_DIR": "data_dir", "OUTPUT_DIR": "logs_dir"}
 
-# %% ../nbs/06a_flags.ipynb #1aaed4b1
+
 def translate(
     given: dict,  # what was typed: flag -> value
 ) -> tuple[dict, list[str]]:  # the same in our words; notes for the user
@@ -260,7 +235,21 @@ def translate(
                 notes.append(f"--{old} {given[new]} is --{new.replace('_', '-')} with Infomap")
     return given, notes
 
-# %% ../nbs/06a_flags.ipynb #3822c914
+# %% ../nbs/06a_flags.ipynb #06fa069a
+def _row(recipe):
+    "A recipe as values of flags"
+    if recipe is None:
+        return {}
+    row = asdict(recipe.train) | recipe.options | {"model": recipe.model, "dataset": recipe.dataset}
+    joint = None if recipe.first else recipe.source_dataset or None
+    return row | {
+        "pretrained": recipe.pretrained,
+        "source_dataset": joint,
+        "height": recipe.size[0],
+        "width": recipe.size[1],
+    }
+
+# %% ../nbs/06a_flags.ipynb #647b33be
 _UNSET = object()
 
 
@@ -286,17 +275,3 @@ def parse(
     if args.step_size:
         args.milestones = tuple(range(args.step_size, args.epochs, args.step_size))
     return args, recipe, notes
-
-
-def _row(recipe):
-    "A recipe as values of flags"
-    if recipe is None:
-        return {}
-    row = asdict(recipe.train) | recipe.options | {"model": recipe.model, "dataset": recipe.dataset}
-    joint = None if recipe.first else recipe.source_dataset or None
-    return row | {
-        "pretrained": recipe.pretrained,
-        "source_dataset": joint,
-        "height": recipe.size[0],
-        "width": recipe.size[1],
-    }

@@ -45,13 +45,7 @@ def similarity_links(
     indptr = np.concatenate([[0], keep.sum(1).cumsum()])
     return csr_array((cosines[keep], ranks[keep], indptr), shape=(len(x),) * 2)
 
-# %% ../nbs/02a_graph_clustering.ipynb #0a31822f
-def _by_first(groups):
-    "Groups numbered 0, 1, ... in the order of their first images; negative = -1"
-    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
-    return relabel(np.where(groups < 0, -1, first[inverse]))
-
-
+# %% ../nbs/02a_graph_clustering.ipynb #d8ece241
 _ALONE = """
 import sys
 import numpy as np
@@ -71,6 +65,12 @@ def _modules(links, seed):
         if done.returncode:
             raise RuntimeError(f"Infomap ended with code {done.returncode}: {done.stderr[-500:]}")
         return np.load(f"{folder}/modules.npy")
+
+# %% ../nbs/02a_graph_clustering.ipynb #cde32ebc
+def _by_first(groups):
+    "Groups numbered 0, 1, ... in the order of their first images; negative = -1"
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    return relabel(np.where(groups < 0, -1, first[inverse]))
 
 
 def infomap_labels(

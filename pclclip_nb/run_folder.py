@@ -45,7 +45,21 @@ def save_state(
     write_whole(run_dir / "last.pt", lambda p: torch.save(state, p))
     write_whole(run_dir / "history.csv", lambda p: pd.DataFrame(state["history"]).to_csv(p, index=False))
 
-# %% ../nbs/03d_run_folder.ipynb #7400c211
+# %% ../nbs/03d_run_folder.ipynb #e6acb100
+def _changed(then, now):
+    "What differs of the settings that must not"
+    free = {"epochs", "workers", "best", "keep_features", "skip_bad"}
+    if now["schedule"] == "cosine":
+        free -= {"epochs"}
+    return [
+        f"{k} {then[k]!r} then, {v!r} now" for k, v in now.items() if k not in free and _plain(then[k]) != _plain(v)
+    ]
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+# %% ../nbs/03d_run_folder.ipynb #dd0dd497
 def load_state(
     path: Path,  # a `last.pt`
     cfg: TrainConfig,
@@ -70,20 +84,6 @@ def load_state(
         raise ValueError(f"{path} was made on other images: resume with the same data set, or start a new run folder")
     return state
 
-
-def _changed(then, now):
-    "What differs of the settings that must not"
-    free = {"epochs", "workers", "best", "keep_features", "skip_bad"}
-    if now["schedule"] == "cosine":
-        free -= {"epochs"}
-    return [
-        f"{k} {then[k]!r} then, {v!r} now" for k, v in now.items() if k not in free and _plain(then[k]) != _plain(v)
-    ]
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
-
 # %% ../nbs/03d_run_folder.ipynb #bb41fae1
 def open_run(
     run_dir: str | Path,  # run folder, made if needed
@@ -102,13 +102,13 @@ def open_run(
     write_whole(run_dir / "images.csv", lambda p: images.to_csv(p, index=False))
     return state
 
-# %% ../nbs/03d_run_folder.ipynb #ccb58282
+# %% ../nbs/03d_run_folder.ipynb #4ff247b9
 def keep_rows(
     images: pd.DataFrame,  # (N rows) training images
     n: int,  # most rows to keep
     seed: int = 1,  # which
 ) -> np.ndarray:  # at most n rows, ascending
-    "Rows whose features are kept"
+    "Rows whose features are kept, of whole identities where they are known"
     if len(images) <= n:
         return np.arange(len(images))
     key = images.pid.to_numpy() if (images.pid >= 0).all() else np.arange(len(images))

@@ -38,7 +38,18 @@ def identity_pass(
         open_ = [i for i in open_ if groups[i]]
     return batches
 
-# %% ../nbs/00c_samplers.ipynb #a3723816
+# %% ../nbs/00c_samplers.ipynb #ae66e8a0
+def _check_batch(n_ids, batch_size, k):
+    if min(k, batch_size) < 1 or batch_size % k:
+        raise ValueError(
+            f"batch size {batch_size} is not divisible by {k} instances: change --batch-size or --num-instances"
+        )
+    if n_ids < batch_size // k:
+        raise ValueError(
+            f"{n_ids} identities, but a batch of {batch_size} takes {batch_size // k} of {k} images: lower --batch-size to {max(n_ids, 1) * k}"
+        )
+
+# %% ../nbs/00c_samplers.ipynb #61fae07f
 class IdentitySampler(Sampler):
     "Batches of P identities × K images per epoch, as lists of `(row, seed)` (TransReID, PCL-CLIP with labels)"
 
@@ -75,17 +86,6 @@ class IdentitySampler(Sampler):
 
     def __iter__(self):
         return iter(self._batches)
-
-
-def _check_batch(n_ids, batch_size, k):
-    if min(k, batch_size) < 1 or batch_size % k:
-        raise ValueError(
-            f"batch size {batch_size} is not divisible by {k} instances: change --batch-size or --num-instances"
-        )
-    if n_ids < batch_size // k:
-        raise ValueError(
-            f"{n_ids} identities, but a batch of {batch_size} takes {batch_size // k} of {k} images: lower --batch-size to {max(n_ids, 1) * k}"
-        )
 
 # %% ../nbs/00c_samplers.ipynb #fbc0dbc5
 class JointSampler(Sampler):

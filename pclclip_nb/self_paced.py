@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['reliability', 'keep_reliable', 'SelfPaced']
 
-# %% ../nbs/02f_self_paced.ipynb #b2156bc0
+# %% ../nbs/02f_self_paced.ipynb #d2bce745
 import numpy as np
+from fastcore.basics import patch
 
 from .clustering import jaccard_dbscan, relabel
 
@@ -62,7 +63,7 @@ def keep_reliable(
     labels[np.bincount(labels + 1)[labels + 1] == 1] = -1
     return relabel(labels), alpha
 
-# %% ../nbs/02f_self_paced.ipynb #8307682c
+# %% ../nbs/02f_self_paced.ipynb #303c6e3d
 class SelfPaced:
     "DBSCAN labels without the clusters that depend on the radius; clusterer and refiner, keeps `alpha` from its first call"
 
@@ -91,13 +92,19 @@ class SelfPaced:
         labels, self.alpha = keep_reliable(labels, *reliability(labels, tight, loose), self.alpha)
         return labels
 
-    def state_dict(self) -> dict:  # of one number
-        "What a resumed run needs"
-        return {"alpha": self.alpha}
+# %% ../nbs/02f_self_paced.ipynb #9f76123c
+@patch
+def state_dict(
+    self: SelfPaced,
+) -> dict:  # of one number
+    "What a resumed run needs"
+    return {"alpha": self.alpha}
 
-    def load_state_dict(
-        self,
-        state: dict,  # what `state_dict` gave
-    ):
-        "Go on with the `alpha` of an earlier run"
-        self.alpha = state["alpha"]
+
+@patch
+def load_state_dict(
+    self: SelfPaced,
+    state: dict,  # what `state_dict` gave
+) -> None:
+    "Go on with the `alpha` of an earlier run"
+    self.alpha = state["alpha"]

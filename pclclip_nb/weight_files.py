@@ -25,15 +25,11 @@ from numpy._core.multiarray import scalar
 from safetensors import safe_open
 from torch import Tensor
 
-# %% ../nbs/01a_weight_files.ipynb #3dfd7a6a
+# %% ../nbs/01a_weight_files.ipynb #c8cc8ee2
 _DTYPES = {f"{name}Storage": dtype for name, dtype in [
     ("Float", torch.float32), ("Double", torch.float64), ("Half", torch.float16), ("BFloat16", torch.bfloat16),
     ("Long", torch.int64), ("Int", torch.int32), ("Short", torch.int16), ("Byte", torch.uint8), ("Bool", torch.bool),
 ]}  # fmt: skip
-
-
-_DAMAGED = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, TypeError, ValueError)
-_DAMAGED += (AttributeError, AssertionError)  # what unpicklers raise on bytes that are no pickle
 
 
 class _Stand:
@@ -70,7 +66,11 @@ class _TensorUnpickler(pickle.Unpickler):
         data = bytearray(self.archive.read(f"{self.root}data/{key}"))
         return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
-# %% ../nbs/01a_weight_files.ipynb #5d83dc99
+# %% ../nbs/01a_weight_files.ipynb #5283e34c
+_DAMAGED = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, TypeError, ValueError)
+_DAMAGED += (AttributeError, AssertionError)  # what unpicklers raise on bytes that are no pickle
+
+
 def _tensors(stand: _Stand, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     for name, value in stand.state.items():
         if isinstance(value, Tensor):
@@ -147,7 +147,7 @@ def flat_state(
         )
     return state
 
-# %% ../nbs/01a_weight_files.ipynb #eaaab3d7
+# %% ../nbs/01a_weight_files.ipynb #a7a22285
 class Kind(NamedTuple):
     "How a published file is recognised, and what its authors fed it"
 
@@ -177,7 +177,7 @@ KINDS = {
     "transreid": Kind(_VIT, "half", "TransReID-SSL: vit_small_lup.pth, checkpoint.pth"),
 }  # from the most particular to the most general
 
-
+# %% ../nbs/01a_weight_files.ipynb #9b4276a2
 def kind_of(
     state: dict[str, Tensor],  # what `flat_state` returns
 ) -> str:  # a key of `KINDS`
@@ -216,7 +216,12 @@ def our_names(
         ours[f"{top}.{rest}" if rest else top] = tensor
     return ours, dropped
 
-# %% ../nbs/01a_weight_files.ipynb #2e802d3b
+# %% ../nbs/01a_weight_files.ipynb #dd2b3dc4
+def _blocks(state, prefix):
+    "How many blocks are numbered under a prefix"
+    return len({k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)})
+
+
 def _clip_name(state, quick):
     conv = state["image_encoder.conv1.weight"].shape
     if "image_encoder.class_embedding" in state:
@@ -226,12 +231,7 @@ def _clip_name(state, quick):
     known = {(3, 4, 6, 3): "50", (3, 4, 23, 3): "101", (4, 6, 10, 6): "50x4", (6, 8, 18, 8): "50x16"}
     return "RN" + (known | {(3, 15, 36, 10): "50x64"}).get(blocks, f"{blocks}")
 
-
-def _blocks(state, prefix):
-    "How many blocks are numbered under a prefix"
-    return len({k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)})
-
-
+# %% ../nbs/01a_weight_files.ipynb #759ca391
 def _vit(state, full, kind):
     family, dim = kind.split("-")[0], state["cls_token"].shape[-1]
     options, assumed = {"conv_stem": "patch_embed.conv.0.weight" in state}, ()
@@ -243,7 +243,7 @@ def _vit(state, full, kind):
         options["fusion"], assumed = "mean" if told == dim else "cat", () if told else ("fusion",)
     return f"{family}_vit_{'base' if dim == 768 else 'small'}", options, assumed
 
-
+# %% ../nbs/01a_weight_files.ipynb #c0e12cc3
 def _resnet(state):
     deep = "base.4.0.conv3.weight" in state
     depth = (3 if deep else 2) * sum(_blocks(state, f"base.{i}.") for i in (4, 5, 6, 7)) + 2
@@ -253,7 +253,7 @@ def _resnet(state):
     told = "gap.p" in state
     return name, {"pooling": "gem" if told else "avg"}, () if told else ("pooling",)
 
-
+# %% ../nbs/01a_weight_files.ipynb #d8619ab1
 def model_of(
     state: dict[str, Tensor],  # first part of what `our_names` returns
     kind: str,  # a key of `KINDS`
@@ -267,7 +267,7 @@ def model_of(
     name = _clip_name(state, quick=kind != "open_clip")
     return name, {}, ("name",) if kind == "open_clip" and name.startswith("ViT") else ()
 
-# %% ../nbs/01a_weight_files.ipynb #ab086ee4
+# %% ../nbs/01a_weight_files.ipynb #601dfc35
 def grid_of(
     n: int,  # number of position embeddings, class token not counted
 ) -> tuple[int, int]:  # (h, w) patches
@@ -277,10 +277,10 @@ def grid_of(
         if n and ratio * w * w == n:
             return ratio * w, w
     raise ValueError(
-        f"{n} position embeddings fill no grid of h = w, 2w or 3w: patches that overlap (a stride below the patch size) are not supported"
+        f"{n} position embeddings fill no grid of h = w, 2w or 3w: patches that overlap (a stride below the patch size) are not supported, use a file without"
     )
 
-
+# %% ../nbs/01a_weight_files.ipynb #9e013470
 def _size(state, kind):
     "Input pixels a file was trained at, None if it does not tell or was pre-trained on squares"
     rows = {k: v for k, v in state.items() if k.endswith(("pos_embed", "positional_embedding"))}
@@ -293,7 +293,7 @@ def _size(state, kind):
     patch = state["image_encoder.conv1.weight"].shape[-1] if name.endswith("encoder.positional_embedding") else 16
     return h * patch, w * patch
 
-# %% ../nbs/01a_weight_files.ipynb #47c9e4b1
+# %% ../nbs/01a_weight_files.ipynb #07578ea7
 @dataclass
 class WeightFile:
     "A published checkpoint, opened"
@@ -307,7 +307,7 @@ class WeightFile:
     state: dict[str, Tensor] = field(repr=False)  # weights by our names, float32
     dropped: list[str] = field(repr=False)  # names left out: heads, text towers, camera embeddings
 
-
+# %% ../nbs/01a_weight_files.ipynb #7eaaec63
 def read_weights(
     source: dict | str | Path,  # a file, or what one holds
 ) -> WeightFile:  # the weights and what they are
