@@ -35,27 +35,36 @@ RESULTS, RUNS = HERE / "results" / "methods.json", HERE.parent / "runs" / "metho
 BASE = replace(DEMO, batch_size=64, epochs=5, iters=30, milestones=(4,))  # a sixth of the demo's images
 SMALL = ("resnet18", (64, 32))  # the small ResNet and its input
 RESNET = replace(BASE, eps=0.5, lr=3.5e-4)
-SPCL = dict(memory="hybrid", self_paced=True, momentum=0.2)
-SUPERVISED = replace(BASE, clusterer="pids", id_loss=0.25, use_hard=True, epochs=3, milestones=())
+HYBRID = dict(memory="hybrid", momentum=0.2)
+SPCL = HYBRID | {"self_paced": True}
+JOINT = HYBRID | {"domain_bn": True}
+SUPERVISED = replace(RESNET, clusterer="pids", id_loss=0.25, epochs=4, milestones=())
 
 ROWS = {  # name -> (network, settings, what the source is for)
     "PCL-CLIP": ("clip", BASE, ""),
-    "source only": ("clip", None, "first"),
-    "adaptation in two stages": ("clip", BASE, "first"),
-    "adaptation, joint": ("clip", replace(BASE, memory="hybrid", momentum=0.2, domain_bn=True), "beside"),
     "PCL-CLIP, Infomap": ("clip", replace(BASE, clusterer="infomap"), ""),
     "PCL-CLIP, ghost batch norm": ("clip", replace(BASE, bn_chunks=4), ""),
     "PCL-CLIP, self-paced": ("clip", replace(BASE, self_paced=True), ""),
-    "PCL-CLIP, hybrid memory": ("clip", replace(BASE, memory="hybrid", momentum=0.2), ""),
-    "SpCL, CLIP": ("clip", replace(BASE, **SPCL), ""),
-    "Cluster Contrast, ResNet": ("resnet", RESNET, ""),
-    "Cluster Contrast, ResNet, Infomap": ("resnet", replace(RESNET, clusterer="infomap"), ""),
-    "SpCL, ResNet": ("resnet", replace(RESNET, **SPCL), ""),
+    "PCL-CLIP, hybrid memory": ("clip", replace(BASE, **HYBRID), ""),
+    "PCL-CLIP, hybrid memory, reextract": ("clip", replace(BASE, reextract=True, **HYBRID), ""),
+    "Cluster Contrast": ("resnet", RESNET, ""),
+    "Cluster Contrast, Infomap": ("resnet", replace(RESNET, clusterer="infomap"), ""),
+    "SpCL": ("resnet", replace(RESNET, **SPCL), ""),
+    "SpCL, reextract": ("resnet", replace(RESNET, reextract=True, **SPCL), ""),
+    "source only": ("resnet", None, "first"),
+    "source, then Cluster Contrast": ("resnet", RESNET, "first"),
+    "source beside, SpCL's memory": ("resnet", replace(RESNET, **JOINT), "beside"),
+    "source beside, reextract": ("resnet", replace(RESNET, reextract=True, **JOINT), "beside"),
 }
 
 
-def data(seed):
-    return make_synthetic_reid(RUNS / f"data{seed}", n_train=100, seed=seed, progress=False)
+def data(seed, people=100):
+    return make_synthetic_reid(RUNS / f"data{seed}", n_train=people, seed=seed, progress=False)
+
+
+def source_data(seed):
+    "Three times as many other people, in other cameras"
+    return data(100 + seed, 300)
 
 
 @cache
@@ -114,12 +123,12 @@ def run(name, seed):
     start = before(kind, seed)
     folder = RUNS / name.replace(", ", "-").replace(" ", "_") / str(seed)
     if use == "first":
-        first, source = RUNS / "source" / str(seed), data(100 + seed)
-        train(net, source, first, replace(SUPERVISED, seed=seed), resume=True, progress=False)
+        first = RUNS / "source" / str(seed)
+        train(net, source_data(seed), first, replace(SUPERVISED, seed=seed), resume=True, progress=False)
         reset_necks(net)
     history = pd.DataFrame({"clusters": [np.nan], "ari": [np.nan]})
     if cfg is not None:
-        source = data(100 + seed) if use == "beside" else None
+        source = source_data(seed) if use == "beside" else None
         history = train(net, table, folder, replace(cfg, seed=seed), resume=True, source=source, progress=False)
     end, last = scores(net, table), history.iloc[-1]
     row = {"mAP before": start["mAP"], **end, "clusters": last.clusters, "ARI": last.ari}
