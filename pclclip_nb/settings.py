@@ -115,7 +115,7 @@ def _ranges(cfg):
         ("workers", cfg.workers >= 0, "0 or more"),
     ]  # fmt: skip
 
-# %% ../nbs/03c_settings.ipynb #d68b5deb
+# %% ../nbs/03c_settings.ipynb #921923da
 def _fits(cfg):
     "The same of what must fit together"
     supervised, paced = cfg.id_loss + cfg.triplet > 0, cfg.self_paced
@@ -125,6 +125,7 @@ def _fits(cfg):
         ("clusterer", cfg.clusterer == "pids" or not supervised, "'pids' when id_loss or triplet is above 0: these losses need true identities"),
         ("memory", cfg.memory != "hybrid" or cfg.clusterer != "pids", "'cluster' or 'none' with true pids: there are no outliers"),
         ("eps_gap", room or not paced, "smaller than eps and 1 - eps, with clusterer 'dbscan' and eps a number, when self_paced is on"),
+        ("reextract", cfg.memory == "hybrid" or not cfg.reextract, "False unless memory is 'hybrid': every other memory takes its features anew"),
         ("bn_chunks", cfg.bn_chunks == 1 or not cfg.domain_bn, "1 with domain_bn: it splits the batch in its own way"),
     ]  # fmt: skip
 
