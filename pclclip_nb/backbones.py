@@ -64,7 +64,7 @@ class TimmBackbone(nn.Module):
         size: tuple[int, int] = (256, 128),  # (H, W) input pixels; not every model takes every size
         pooling: str = "gem",  # of maps: one of `pclclip_nb.resnet.POOLINGS`; tokens are pooled timm's way
         pretrained: bool | str | None = None,  # True or a tag such as "a1_in1k" downloads weights
-        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.loading.NORMS`
+        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.augmentation.NORMS`
     ):
         super().__init__()
         self.trunk, out = _timm_trunk(name, size, pretrained)

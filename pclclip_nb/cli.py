@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO', 'query_gallery_features', 'test_main', 'train_main', 'recipes_main', 'histogram_features', 'demo']
 
-# %% ../nbs/07_cli.ipynb #bafb97f5
+# %% ../nbs/07_cli.ipynb #19c45882
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from pclclip_nb.flags import (
     read_table,
     settings,
 )
-from .loading import NORMS, test_loader, test_transform
+from .loading import Files, test_loader
 from .recipes import compare_to_log, on_track, recipe_table
 from .run_viz import aligned_umap, epoch_caption, plot_epochs, plot_history, read_run
 from .settings import TrainConfig
@@ -55,7 +55,7 @@ def _run(parser, argv, work):
             130, f"\n{parser.prog}: stopped; what was finished is saved, the same command with --resume goes on\n"
         )
 
-# %% ../nbs/07_cli.ipynb #6a9eeb30
+# %% ../nbs/07_cli.ipynb #d417c4f5
 def _split(table, name):
     return table[table.split == name].reset_index(drop=True)
 
@@ -69,8 +69,8 @@ def query_gallery_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (Q, d) and (G, d) features, in table order
     "Features of query and gallery"
     both = [_split(table, s) for s in ("query", "gallery")]
-    transform = test_transform(backbone.size, *NORMS[getattr(backbone, "norm", "imagenet")])
-    loader = test_loader(pd.concat(both, ignore_index=True), backbone.size, workers=workers, transform=transform)
+    images, device = Files(pd.concat(both, ignore_index=True), backbone.size), next(backbone.parameters()).device
+    loader = test_loader(images, norm=getattr(backbone, "norm", "imagenet"), workers=workers, device=device)
     return extract_features(backbone, loader, precision, progress).split([len(t) for t in both])
 
 

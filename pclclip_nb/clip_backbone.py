@@ -89,7 +89,7 @@ class ClipBackbone(nn.Module):
         size: tuple[int, int] | None = None,  # (H, W) input pixels; None keeps the tower's own
         name: str = "",  # open_clip model name, stored with saved weights
         mode: str = "bilinear",  # position-embedding resize, see `resize_pos_embed`
-        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.loading.NORMS`
+        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.augmentation.NORMS`
     ):
         super().__init__()
         if not isinstance(visual, VisionTransformer) or visual.proj is None:
@@ -151,7 +151,7 @@ def clip_backbone(
     pretrained: str | None = None,  # an open_clip tag, a weights file open_clip can read, or None for random weights
     size: tuple[int, int] = (256, 128),  # (H, W) input pixels
     mode: str = "bilinear",  # position-embedding resize, see `resize_pos_embed`
-    norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.loading.NORMS`
+    norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.augmentation.NORMS`
 ) -> ClipBackbone:  # .d features, .size (H, W)
     "The PCL-CLIP embedding on any open_clip ViT. Raises ValueError for an unknown name or tag."
     if open_clip.get_model_config(name) is None:

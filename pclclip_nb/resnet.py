@@ -6,7 +6,7 @@
 __all__ = ['POOLINGS', 'RESNETS', 'gem', 'Pooling', 'keep_resolution', 'IBN', 'ResNetBackbone', 'resize_attention_pool',
            'clip_resnet_features', 'ClipResNetBackbone']
 
-# %% ../nbs/01a_resnet.ipynb #c0813bb2
+# %% ../nbs/01a_resnet.ipynb #608e8062
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from .clip_backbone import check_size, resize_pos_embed
-from .loading import NORMS
+from .augmentation import NORMS
 
 # %% ../nbs/01a_resnet.ipynb #10035a47
 def gem(
@@ -127,7 +127,7 @@ class ResNetBackbone(nn.Module):
         size: tuple[int, int] = (256, 128),  # (H, W) input pixels
         pooling: str = "gem",  # one of `POOLINGS`
         pretrained: str | None = None,  # "imagenet" downloads torchvision's weights; None leaves them random
-        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.loading.NORMS`
+        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.augmentation.NORMS`
     ):
         super().__init__()
         _check_choice("name", name, RESNETS)
@@ -185,7 +185,7 @@ class ClipResNetBackbone(nn.Module):
         visual: ModifiedResNet,  # open_clip image tower as built for a square, changed in place; ValueError for another kind
         size: tuple[int, int] = (256, 128),  # (H, W) input pixels, each a multiple of 16
         name: str = "",  # open_clip model name, stored with saved weights
-        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.loading.NORMS`
+        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.augmentation.NORMS`
     ):
         super().__init__()
         if not isinstance(visual, ModifiedResNet):

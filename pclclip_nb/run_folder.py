@@ -45,10 +45,10 @@ def save_state(
     write_whole(run_dir / "last.pt", lambda p: torch.save(state, p))
     write_whole(run_dir / "history.csv", lambda p: pd.DataFrame(state["history"]).to_csv(p, index=False))
 
-# %% ../nbs/03d_run_folder.ipynb #e6acb100
+# %% ../nbs/03d_run_folder.ipynb #49450edc
 def _changed(then, now):
     "What differs of the settings that must not"
-    free = {"epochs", "workers", "best", "keep_features", "skip_bad"}
+    free = {"epochs", "workers", "best", "keep_features", "skip_bad", "cache", "cache_dir"}
     if now["schedule"] == "cosine":
         free -= {"epochs"}
     return [

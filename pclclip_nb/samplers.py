@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['identity_groups', 'identity_pass', 'IdentitySampler', 'JointSampler']
 
-# %% ../nbs/00c_samplers.ipynb #e83af59b
+# %% ../nbs/00c_samplers.ipynb #361a8102
 import numpy as np
 from torch.utils.data import Sampler
 
-from .loading import PKSampler, cluster_rows
+from .pk_sampler import PKSampler, cluster_rows
 
 # %% ../nbs/00c_samplers.ipynb #ce8ad997
 def identity_groups(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'learning_rate', 'make_optimizer', 'set_learning_rate']
 
-# %% ../nbs/03c_settings.ipynb #24953514
+# %% ../nbs/03c_settings.ipynb #9ad6eaa3
 import math
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from .clip_backbone import autocast_dtype
-from .loading import NORMS
+from .augmentation import NORMS
 
-# %% ../nbs/03c_settings.ipynb #3fcf749d
+# %% ../nbs/03c_settings.ipynb #2ede212e
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of a training run (defaults: PCL-CLIP without labels, 60 epochs)"
@@ -63,6 +63,8 @@ class TrainConfig:
     fill: str = "imagenet"  # colour of random erasing: mean of imagenet, half or clip
     precision: str = "auto"  # of training: bf16, fp32, or auto (bf16 where the hardware is fast at it)
     feature_precision: str = "fp32"  # of the features that are clustered: as above
+    cache: float = 8.0  # GB of disk that the decoded images may take; 0 = decode in every epoch
+    cache_dir: str = ""  # folder they are kept in; empty = `decoded` beside the run folder
     workers: int = 4  # processes that read images; results do not depend on it
     seed: int = 1  # every random choice follows from it
 
@@ -78,7 +80,7 @@ class TrainConfig:
         for precision in (self.precision, self.feature_precision):
             autocast_dtype(precision)
 
-# %% ../nbs/03c_settings.ipynb #ca8210f2
+# %% ../nbs/03c_settings.ipynb #ea356553
 def _choice(cfg, name, *words):
     return name, getattr(cfg, name) in words, " or ".join(map(repr, words))
 
@@ -112,6 +114,7 @@ def _ranges(cfg):
         ("weight_decay", cfg.weight_decay >= 0, "0 or more"),
         _choice(cfg, "schedule", "steps", "cosine"),
         _choice(cfg, "fill", *NORMS),
+        ("cache", cfg.cache >= 0, "0 or more gigabytes"),
         ("workers", cfg.workers >= 0, "0 or more"),
     ]  # fmt: skip
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train_epoch', 'EpochResult', 'train']
 
-# %% ../nbs/04_train.ipynb #06a45169
+# %% ../nbs/04_train.ipynb #a8a3b421
 import copy
 import math
 import time
@@ -19,26 +19,27 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .augmentation import Augment
 from .batch_norm import drop_source, set_bn_chunks, set_domain, set_domain_bn
 from .clip_backbone import autocast_dtype, extract_features, save_weights, unit
 from .cluster_quality import cluster_report
 from .hybrid_memory import HybridMemory
 from .identity_loss import IdentityHead
 from .labels import pseudo_labels, settings_clusterer, training_images, true_labels, with_radius
-from .loading import NORMS, PKSampler, test_loader, test_transform, train_loader, train_transform
+from .loading import Batches, Files, decoded, test_loader, train_loader
 from .memory_loss import ClusterMemory, cluster_centroids
+from .pk_sampler import PKSampler
 from .run_folder import digest, keep_rows, open_run, save_arrays, save_state
 from .samplers import IdentitySampler, JointSampler
 from .settings import TrainConfig, learning_rate, make_optimizer, set_learning_rate
 
-# %% ../nbs/04_train.ipynb #f058309c
+# %% ../nbs/04_train.ipynb #f59b9219
 def train_epoch(
     backbone: nn.Module,  # trained in place
     memory: ClusterMemory | HybridMemory | None,  # updated after every step; None = the head's loss alone
-    loader: DataLoader,  # yields (images (B, 3, H, W), rows (B,))
+    loader: Batches,  # or any iterable that yields (images (B, 3, H, W), rows (B,))
     targets: np.ndarray,  # (N,) what the memory and the head take as label of each row
     optimizer: torch.optim.Optimizer,
     precision: str = "auto",  # see `autocast_dtype`
@@ -100,7 +101,7 @@ class EpochResult:
     row: dict  # this epoch's row of the history
     backbone: nn.Module  # after this epoch's steps
 
-# %% ../nbs/04_train.ipynb #551a1730
+# %% ../nbs/04_train.ipynb #18e60d99
 @dataclass
 class _Run:
     "Everything a run is made of"
@@ -114,6 +115,7 @@ class _Run:
     head: IdentityHead | None = None
     optimizer: torch.optim.Optimizer | None = None
     memory: HybridMemory | None = None  # the one that stays
+    kept: np.ndarray | None = None  # (S + N, 3, H, W) decoded images, the source first
     history: list = field(default_factory=list)
 
     def state(self):
@@ -167,12 +169,27 @@ def _restore(run, state):
     for name in run.state():
         getattr(run, name).load_state_dict(state[name])
 
-# %% ../nbs/04_train.ipynb #0659f472
-def _loader(run, images):
-    "All of these images, as clustering sees them"
-    norm = NORMS[getattr(run.backbone, "norm", "imagenet")]
-    transform = test_transform(run.backbone.size, *norm)
-    return test_loader(images, run.backbone.size, run.cfg.batch_size, run.cfg.workers, transform)
+# %% ../nbs/04_train.ipynb #f1c58846
+def _table(run):
+    "Source and target in one table"
+    return run.images if run.source is None else pd.concat([run.source, run.images], ignore_index=True)
+
+
+def _images(run, rows=slice(None)):
+    "What the loaders read: decoded bytes, or files"
+    return Files(_table(run)[rows], run.backbone.size) if run.kept is None else run.kept[rows]
+
+
+def _how(run):
+    "Arguments of every loader"
+    return {"workers": run.cfg.workers, "device": next(run.backbone.parameters()).device}
+
+
+def _loader(run, source=False):
+    "All images of the target, or of the source, as clustering sees them"
+    first = 0 if run.source is None else len(run.source)
+    images = _images(run, slice(0, first) if source else slice(first, None))
+    return test_loader(images, run.cfg.batch_size, getattr(run.backbone, "norm", "imagenet"), **_how(run))
 
 
 def _features(run, loader, progress):
@@ -203,7 +220,7 @@ def _label_step(run, loader, progress):
     row |= chosen | {k.lower(): report[k] for k in ("ARI", "NMI", "purity") if k in report}
     return features, labels, row | {"t_features": t1 - t0, "t_cluster": t2 - t1}
 
-# %% ../nbs/04_train.ipynb #a6198ab9
+# %% ../nbs/04_train.ipynb #79c02b0d
 def _memory(run, features, labels):
     "The memory of this epoch, and the target of each row that the loader yields"
     cfg, device = run.cfg, next(run.backbone.parameters()).device
@@ -226,12 +243,12 @@ def _source_centroids(run, labels):
     domains = run.cfg.domain_bn
     if domains:
         set_domain(run.backbone, "source")
-    features = extract_features(run.backbone, _loader(run, run.source), run.cfg.feature_precision)
+    features = extract_features(run.backbone, _loader(run, source=True), run.cfg.feature_precision)
     if domains:
         set_domain(run.backbone, "target")
     return cluster_centroids(features, torch.as_tensor(labels))
 
-# %% ../nbs/04_train.ipynb #d736b66f
+# %% ../nbs/04_train.ipynb #fe42bb18
 def _sampler(run, labels):
     "Who is drawn: clusters, clusters and lone outliers, true identities, or a source beside"
     cfg, no_cams = run.cfg, not run.cfg.use_cams
@@ -254,10 +271,8 @@ def _drawn(cfg, labels):
 
 def _batches(run, labels):
     "The loader of training batches"
-    images = run.images if run.source is None else pd.concat([run.source, run.images], ignore_index=True)
-    norm = NORMS[getattr(run.backbone, "norm", "imagenet")]
-    transform = train_transform(run.backbone.size, *norm, fill=NORMS[run.cfg.fill][0])
-    return train_loader(images, _sampler(run, labels), run.backbone.size, run.cfg.workers, transform)
+    augment = Augment(getattr(run.backbone, "norm", "imagenet"), run.cfg.fill)
+    return train_loader(_images(run), _sampler(run, labels), augment, **_how(run))
 
 # %% ../nbs/04_train.ipynb #fc84cdb0
 def _train_step(run, epoch, features, labels, loader, progress):
@@ -298,7 +313,7 @@ def _save_epoch(run, run_dir, labels, features):
     state = {"format": 1, "history": history, "config": asdict(cfg), "images": digest(run.images)}
     save_state(run_dir, state | {"source": _source_digest(run)} | run.state())
 
-# %% ../nbs/04_train.ipynb #94f9ece7
+# %% ../nbs/04_train.ipynb #1cb0cb3d
 def train(
     backbone: nn.Module,  # (B, 3, H, W) to (B, d) unit rows, with .size; trained in place, on its device
     table: pd.DataFrame,  # data set; rows of split `train` are used, their pid only if the settings say so
@@ -314,10 +329,13 @@ def train(
     "Fine-tune a backbone. Raises ValueError when images, settings or an epoch's clusters do not allow it."
     cfg, run_dir = cfg or TrainConfig(), Path(run_dir)
     run = _start(cfg, table, backbone, source, clusterer, refiners)
+    if cfg.cache:
+        folder = cfg.cache_dir or run_dir.parent / "decoded"
+        run.kept = decoded(_table(run), backbone.size, folder, cfg.cache, cfg.workers, progress)
     state = open_run(run_dir, cfg, run.images, resume)
     if state:
         _restore(run, state)
-    all_images, batches = _loader(run, run.images), None
+    all_images, batches = _loader(run), None
     for epoch in range(len(run.history) + 1, cfg.epochs + 1):
         try:
             features, labels, row = _label_step(run, all_images, progress)

@@ -97,7 +97,7 @@ class ViTBackbone(nn.Module):
         fusion: str = "cat",  # "cat" or "mean", see `fuse_tokens`; without effect on TransReID-SSL
         multi_neck: bool = False,  # PASS: one neck per token in place of one for the fused token
         drop_path: float = 0.0,  # chance that a branch of the last block is skipped; 0 at the first, linear between
-        norm: str = "half",  # how its input images are normalised, see `pclclip_nb.loading.NORMS`
+        norm: str = "half",  # how its input images are normalised, see `pclclip_nb.augmentation.NORMS`
         depth: int | None = None,  # number of blocks; None, here and below, means the published one
         dim: int | None = None,  # D, width of a token
         heads: int | None = None,  # attention heads
@@ -126,7 +126,7 @@ class ViTBackbone(nn.Module):
 
     @property
     def norm(self):
-        "How input images are normalised, a key of `pclclip_nb.loading.NORMS`"
+        "How input images are normalised, a key of `pclclip_nb.augmentation.NORMS`"
         return self._pixels
 
     def forward(
