@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['EPS_SLACK', 'jaccard_graph', 'dbscan', 'jaccard_dbscan', 'relabel']
 
-# %% ../nbs/02_clustering.ipynb #1d88e9d9
+# %% ../nbs/02_clustering.ipynb #c85e7bc9
 import numpy as np
 from scipy.sparse import csr_array
 
 from .neighbours import compiled, exact_dot, in_blocks, knn, row_blocks, unit_rows
+from .stages import stage
 
 # %% ../nbs/02_clustering.ipynb #42fb4a09
 @compiled
@@ -223,7 +224,7 @@ def _mirrored(upper):
     pairs = np.concatenate([upper.indices, rows]), np.concatenate([rows, upper.indices])
     return csr_array((np.concatenate([upper.data, upper.data]), pairs), shape=upper.shape)
 
-# %% ../nbs/02_clustering.ipynb #fcf3b660
+# %% ../nbs/02_clustering.ipynb #bd318854
 def jaccard_graph(
     features,  # (N, d) unit rows; numpy, memory map or torch, any device and float type
     k1: int = 30,  # neighbours that vote, self included; k1 < N
@@ -242,13 +243,14 @@ def jaccard_graph(
     if n <= k1:
         raise ValueError(f"k1 = {k1} needs more than {k1} images, got {n}: lower k1")
     ranks = _checked_ranks(knn(features, k1, method, progress) if ranks is None else ranks, n, k1)
-    v = _weights(x, ranks, _places(ranks), _half(k1))
-    v = _expanded(v, ranks, k2) if k2 > 1 else v
-    c, top = v.tocsc(), np.float32(np.max(eps) + EPS_SLACK)
-    arrays = v.indptr, v.indices, v.data, 0, c.indptr, c.indices, c.data, 0, n
-    blocks = row_blocks(n, _block_size(n))
-    work = in_blocks(lambda b: _join(*arrays, top, b.start, b.stop), blocks, "distances" if progress else "")
-    return _mirrored(_as_graph(work))
+    with stage("jaccard"):
+        v = _weights(x, ranks, _places(ranks), _half(k1))
+        v = _expanded(v, ranks, k2) if k2 > 1 else v
+        c, top = v.tocsc(), np.float32(np.max(eps) + EPS_SLACK)
+        arrays = v.indptr, v.indices, v.data, 0, c.indptr, c.indices, c.data, 0, n
+        blocks = row_blocks(n, _block_size(n))
+        work = in_blocks(lambda b: _join(*arrays, top, b.start, b.stop), blocks, "distances" if progress else "")
+        return _mirrored(_as_graph(work))
 
 
 def _checked_ranks(ranks, n, k1):
@@ -297,7 +299,7 @@ def _dbscan(indptr, cols, dist, top, min_samples, core, parent, labels):
             if not core[i] and core[j] and dist[e] <= top and (labels[i] < 0 or labels[j] < labels[i]):
                 labels[i] = labels[j]
 
-# %% ../nbs/02_clustering.ipynb #b8830ecf
+# %% ../nbs/02_clustering.ipynb #54c68188
 def dbscan(
     graph: csr_array,  # (N, N) symmetric distances, all pairs within eps stored; a pair not stored is at distance 1
     eps,  # radius in (0, 1], or E of them; at most the eps the graph was made with
@@ -311,7 +313,8 @@ def dbscan(
     if top >= 1:  # then every pair is within eps
         return np.full(n, 0 if n >= min_samples else -1)
     labels = np.full(n, -1)
-    _dbscan(graph.indptr, graph.indices, graph.data, top, min_samples, np.zeros(n, bool), np.arange(n), labels)
+    with stage("dbscan"):
+        _dbscan(graph.indptr, graph.indices, graph.data, top, min_samples, np.zeros(n, bool), np.arange(n), labels)
     return labels
 
 # %% ../nbs/02_clustering.ipynb #3dfe8476

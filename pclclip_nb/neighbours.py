@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unit_rows', 'compiled', 'in_blocks', 'row_blocks', 'exact_dot', 'knn']
 
-# %% ../nbs/01c_neighbours.ipynb #fd5ef851
+# %% ../nbs/01c_neighbours.ipynb #c0e686e6
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +16,8 @@ import numba
 import numpy as np
 from numba import njit
 from tqdm.auto import tqdm
+
+from .stages import stage
 
 # %% ../nbs/01c_neighbours.ipynb #f7215851
 def unit_rows(
@@ -383,7 +385,7 @@ def _by_faiss(x, method, best, ids):
         redo = (fill == cols.shape[1]) & (fill < n)
     _judge_found(x, np.arange(n), x, 0, cols, fill, redo, best, ids)
 
-# %% ../nbs/01c_neighbours.ipynb #798d4e01
+# %% ../nbs/01c_neighbours.ipynb #f8fa22f7
 def knn(
     features,  # (N, d) unit rows; numpy, memory map or torch, any device and float type
     k: int,  # neighbours per image, the image itself included; 1 <= k <= N
@@ -401,10 +403,11 @@ def knn(
     if method == "auto":
         method = "torch" if getattr(features, "is_cuda", False) else "tiles"
     (best, ids), bar = _table(len(x), k), "neighbours" if progress else ""
-    if method == "tiles":
-        _by_tiles(x, best, ids, bar)
-    elif method == "torch":
-        _by_torch(features, x, x, 0, best, ids, bar)
-    else:
-        _by_faiss(x, method, best, ids)
+    with stage("knn"):
+        if method == "tiles":
+            _by_tiles(x, best, ids, bar)
+        elif method == "torch":
+            _by_torch(features, x, x, 0, best, ids, bar)
+        else:
+            _by_faiss(x, method, best, ids)
     return ids
