@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VITS', 'fuse_tokens', 'ConvStem', 'ViTBackbone', 'fit_pos_embed']
 
-# %% ../nbs/01a_vit.ipynb #ef476343
+# %% ../nbs/01a_vit.ipynb #b5575e35
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from .attention import run_blocks
 from .clip_backbone import check_size, resize_pos_embed, unit
 from .resnet import IBN
 
@@ -85,7 +86,7 @@ def _initialise(module):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
-# %% ../nbs/01a_vit.ipynb #7f84b96e
+# %% ../nbs/01a_vit.ipynb #d97753ec
 class ViTBackbone(nn.Module):
     "A person ViT: (B, 3, H, W) to (B, d) unit rows (TransReID-SSL, 2021; PASS, 2022)"
 
@@ -107,6 +108,7 @@ class ViTBackbone(nn.Module):
         t, usual = 4 if name.startswith("pass") else 1, VITS[name]
         dim, depth, heads = (own or std for own, std in zip((dim, depth, heads), usual))
         self.name, self.size, self.t, self._pixels = name, tuple(size), t, norm
+        self.grad_checkpoint = False
         self.options = dict(conv_stem=conv_stem, fusion=fusion, multi_neck=multi_neck, drop_path=drop_path)
         self.options |= dict(depth=depth, dim=dim, heads=heads) if (dim, depth, heads) != usual else {}
         self.grid = (size[0] // 16, size[1] // 16)
@@ -124,6 +126,13 @@ class ViTBackbone(nn.Module):
             self.add_module(k, nn.BatchNorm1d(dim if multi_neck else self.d))
             getattr(self, k).bias.requires_grad_(False)
 
+    def set_grad_checkpoint(
+        self,
+        on: bool = True,  # see `pclclip_nb.clip_backbone.set_grad_checkpoint`
+    ) -> None:
+        "Recompute the blocks in `backward`, or not"
+        self.grad_checkpoint = on
+
     @property
     def norm(self):
         "How input images are normalised, a key of `pclclip_nb.augmentation.NORMS`"
@@ -136,7 +145,7 @@ class ViTBackbone(nn.Module):
         "Embed a batch of images"
         return unit(self.embed(images)[1])
 
-# %% ../nbs/01a_vit.ipynb #7a6e63de
+# %% ../nbs/01a_vit.ipynb #c25652e8
 @patch
 def tokens(
     self: ViTBackbone,
@@ -148,9 +157,8 @@ def tokens(
     x = torch.cat([extra.expand(len(images), -1, -1), self.patch_embed(images)], 1)
     places = [getattr(self, k) for k in _PLACES] if self.t == 4 else []
     x = x + torch.cat([*places, self.pos_embed], 1)
-    for block in self.blocks:
-        x = block(x)
-    return self._modules["norm"](x[:, : self.t])
+    x = run_blocks(self.blocks, x, self.t, self.grad_checkpoint)
+    return self._modules["norm"](x)
 
 # %% ../nbs/01a_vit.ipynb #8693f7c9
 @patch
