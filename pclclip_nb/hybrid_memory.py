@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['row_classes', 'class_means', 'HybridMemory']
 
-# %% ../nbs/03a_hybrid_memory.ipynb #e11ca0e1
+# %% ../nbs/03a_hybrid_memory.ipynb #89ad71ef
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .memory_loss import _refuse_nonfinite, running_update
+from .memory_loss import _refuse_nonfinite, _sent, running_update
 
 # %% ../nbs/03a_hybrid_memory.ipynb #a18c85f7
 def row_classes(
@@ -26,18 +26,23 @@ def row_classes(
     own = torch.where(alone, len(counts) + alone.cumsum(0) - 1, labels)
     return torch.cat([torch.arange(n_sources, device=labels.device), n_sources + own])
 
-# %% ../nbs/03a_hybrid_memory.ipynb #409532c5
+# %% ../nbs/03a_hybrid_memory.ipynb #1ee34c76
 def class_means(
     rows: Tensor,  # (n, d) unit rows
-    classes: Tensor,  # (n,) int64 class of every row; each of 0..C-1 has one
+    classes: Tensor,  # (n,) int64 class of every row, on the CPU or beside the rows; each of 0..C-1 has one
 ) -> Tensor:  # (C, d) means, of length up to 1
     "Mean row of each class"
     counts = classes.bincount()
-    return rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, classes, rows) / counts[:, None]
+    sums = rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, _sent(classes, rows.device), rows)
+    return sums / _sent(counts, rows.device)[:, None]
 
-# %% ../nbs/03a_hybrid_memory.ipynb #df760fb1
-def _remake_means(memory, *_):
-    memory.centroids = class_means(memory.rows, memory.classes)
+# %% ../nbs/03a_hybrid_memory.ipynb #358c2a88
+def _remake(memory, *_):
+    "What follows from rows and classes: classes, rows by class and where each class begins (CPU), and the means"
+    memory._classes = memory.classes.cpu()
+    memory._by_class = memory._classes.argsort(stable=True)
+    memory._starts = [0, *memory._classes.bincount().cumsum(0).tolist()]
+    memory.centroids = class_means(memory.rows, memory._classes)
 
 
 class HybridMemory(nn.Module):
@@ -64,8 +69,9 @@ class HybridMemory(nn.Module):
         self.momentum, self.temp, self.n_sources = momentum, temp, len(sources)
         self.register_buffer("rows", rows.to(torch.promote_types(rows.dtype, torch.float32)))
         self.register_buffer("classes", torch.arange(len(rows), device=rows.device))
-        self.register_buffer("centroids", self.rows, persistent=False)
-        self.register_load_state_dict_post_hook(_remake_means)
+        self.register_buffer("centroids", None, persistent=False)
+        self.register_load_state_dict_post_hook(_remake)
+        _remake(self)
 
     @property
     def features(self) -> Tensor:  # (N, d) unit rows; a view, which `update` moves: clone to keep
@@ -79,13 +85,14 @@ class HybridMemory(nn.Module):
         "Tell which images belong together, once per epoch"
         if len(labels) != len(self.features):
             raise ValueError(f"{len(labels)} labels for {len(self.features)} target images: give one label per image")
-        self.classes = row_classes(torch.as_tensor(labels, device=self.rows.device), self.n_sources)
-        _remake_means(self)
+        classes = row_classes(torch.as_tensor(labels).cpu(), self.n_sources)
+        self.classes = classes.to(self.rows.device)
+        _remake(self)
 
-# %% ../nbs/03a_hybrid_memory.ipynb #0dd52464
+# %% ../nbs/03a_hybrid_memory.ipynb #9fcf0e8b
 def _fitting_rows(feats, targets, memory):
-    "The targets on the device of the features, if both fit the memory"
-    targets, (n, d) = targets.to(feats.device).long(), memory.rows.shape
+    "The targets as int64 on the CPU, if they and the features fit the memory"
+    targets, (n, d) = targets.cpu().long(), memory.rows.shape
     if feats.ndim != 2 or not len(feats) or feats.shape[1] != d or targets.shape != feats.shape[:1]:
         raise ValueError(
             f"feats {tuple(feats.shape)} and targets {tuple(targets.shape)} must be (B, {d}) and (B,), B at least 1"
@@ -101,29 +108,38 @@ def _fitting_rows(feats, targets, memory):
 def loss(
     self: HybridMemory,
     feats: Tensor,  # (B, d) unit features with gradient, any float type
-    targets: Tensor,  # (B,) rows: source class id, or n_sources + number of the target image
+    targets: Tensor,  # (B,) rows: source class id, or n_sources + number of the target image; best on the CPU
 ) -> Tensor:  # scalar of the rows' float type
     "Cross-entropy against the means of all classes: the mean over source images plus the mean over target images"
     targets = _fitting_rows(feats, targets, self)
-    classes, source = self.classes[targets], targets < self.n_sources
     with torch.autocast(feats.device.type, enabled=False):
         logits = feats.to(self.rows.dtype) @ self.centroids.T / self.temp
+    classes, source = self._classes[targets], targets < self.n_sources
     if source.all() or not source.any():
-        return F.cross_entropy(logits, classes)
-    return F.cross_entropy(logits[source], classes[source]) + F.cross_entropy(logits[~source], classes[~source])
+        return F.cross_entropy(logits, _sent(classes, logits.device))
+    parts = source.nonzero().flatten(), (~source).nonzero().flatten()
+    of_source, of_target = (
+        F.cross_entropy(logits[_sent(p, logits.device)], _sent(classes[p], logits.device)) for p in parts
+    )
+    return of_source + of_target
 
-# %% ../nbs/03a_hybrid_memory.ipynb #5dd83391
+# %% ../nbs/03a_hybrid_memory.ipynb #71ba2570
 @patch
 def update(
     self: HybridMemory,
     feats: Tensor,  # (B, d) the features of the step
     targets: Tensor,  # (B,) and their rows
+    check: bool = True,  # False: never wait for the device; a batch that would be refused is passed over in silence
 ) -> None:  # `rows` and `centroids` change in place
     "Move the rows, after `backward`; features that are not finite are refused and leave them as they were"
     ids, place = _fitting_rows(feats, targets, self).unique(return_inverse=True)
-    _refuse_nonfinite(feats)
-    self.rows[ids] = running_update(self.rows[ids], feats.detach(), place, self.momentum)
-    touched = self.classes[ids].unique()
-    members = torch.isin(self.classes, touched).nonzero().flatten()
-    ranks = torch.searchsorted(touched, self.classes[members])
-    self.centroids[touched] = class_means(self.rows[members], ranks)
+    feats, device = feats.detach(), self.rows.device
+    if check:
+        _refuse_nonfinite(feats)
+    good, at = feats.isfinite().all(), _sent(ids, device)
+    self.rows[at] = torch.where(good, running_update(self.rows[at], feats, place, self.momentum), self.rows[at])
+    touched = self._classes[ids].unique()
+    members = [self._by_class[self._starts[c] : self._starts[c + 1]] for c in touched.tolist()]
+    ranks = torch.arange(len(touched)).repeat_interleave(torch.tensor([len(m) for m in members]))
+    means, at = class_means(self.rows[_sent(torch.cat(members), device)], ranks), _sent(touched, device)
+    self.centroids[at] = torch.where(good, means, self.centroids[at])

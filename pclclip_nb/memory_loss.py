@@ -43,59 +43,69 @@ def cluster_centroids(
     sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, labels, features)
     return F.normalize(sums / counts[:, None], dim=1)
 
-# %% ../nbs/03_memory_loss.ipynb #d598481e
+# %% ../nbs/03_memory_loss.ipynb #a70fe49b
+def _sent(x, device):
+    "The same values on a device, which works on meanwhile"
+    if x.device.type == "cuda":
+        return x.to(device)
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def contrastive_loss(
     feats: Tensor,  # (B, d) unit features with gradient, any float type
-    labels: Tensor,  # (B,) int64 pseudo labels in 0..C-1
+    labels: Tensor,  # (B,) int64 pseudo labels in 0..C-1, on the CPU or beside the features
     centroids: Tensor,  # (C, d) unit centroids; no gradient flows into them
     temp: float = 0.05,  # temperature, > 0
 ) -> Tensor:  # scalar float32
     "Cross-entropy of the batch against all centroids, logits in float32 also under autocast"
     with torch.autocast(feats.device.type, enabled=False):
         feats = _wide(feats)
-        return F.cross_entropy(feats @ centroids.detach().to(feats.dtype).T / temp, labels)
+        return F.cross_entropy(feats @ centroids.detach().to(feats.dtype).T / temp, _sent(labels, feats.device))
 
-# %% ../nbs/03_memory_loss.ipynb #a01b0b14
+# %% ../nbs/03_memory_loss.ipynb #255c7dfc
 def _rounds(labels):
-    "Index tensors into the batch: round r holds the r-th sample of each cluster that has one"
+    "Positions in the batch, round by round, and the size of each: round r holds the r-th sample of each cluster that has one"
     by_label = labels.argsort(stable=True)
     y = labels[by_label]
     occurrence = torch.arange(len(y), device=y.device) - torch.searchsorted(y, y)
-    return by_label[occurrence.argsort(stable=True)].split(occurrence.bincount().tolist())
+    return by_label[occurrence.argsort(stable=True)], occurrence.bincount().tolist()
 
-# %% ../nbs/03_memory_loss.ipynb #d888569c
+# %% ../nbs/03_memory_loss.ipynb #8cc3be36
 @torch.no_grad()
 def running_update(
     centroids: Tensor,  # (C, d) unit rows
     feats: Tensor,  # (B, d) unit features in batch order
-    labels: Tensor,  # (B,) int64 pseudo labels in 0..C-1
+    labels: Tensor,  # (B,) int64 pseudo labels in 0..C-1, on the CPU or beside the features
     momentum: float,  # weight of the old centroid in each of the steps, in [0, 1]
 ) -> Tensor:  # (C, d) unit rows, a new tensor
     "Move each centroid by one step per sample of its cluster, in batch order (Cluster Contrast's default)"
     centroids, feats = centroids.clone(), feats.to(centroids.dtype)
-    for r in _rounds(labels):
-        y = labels[r]
+    order, sizes = _rounds(labels)
+    clusters, samples = _sent(torch.stack([labels[order], order]), centroids.device)
+    for y, r in zip(clusters.split(sizes), samples.split(sizes)):
         centroids[y] = F.normalize(momentum * centroids[y] + (1 - momentum) * feats[r], dim=1)
     return centroids
 
-# %% ../nbs/03_memory_loss.ipynb #76c9178e
+# %% ../nbs/03_memory_loss.ipynb #1e747ace
 @torch.no_grad()
 def hard_update(
     centroids: Tensor,  # (C, d) unit rows
     feats: Tensor,  # (B, d) unit features
-    labels: Tensor,  # (B,) int64 pseudo labels in 0..C-1
+    labels: Tensor,  # (B,) int64 pseudo labels in 0..C-1, on the CPU or beside the features
     momentum: float,  # weight of the old centroid, in [0, 1]
 ) -> Tensor:  # (C, d) unit rows, a new tensor
     "Move each centroid one step towards the least similar sample of its cluster (`use_hard` of Cluster Contrast)"
-    feats = feats.to(centroids.dtype)
-    hardest_first = (feats * centroids[labels]).sum(dim=1).argsort(stable=True)
-    hardest = hardest_first[_rounds(labels[hardest_first])[0]]
-    return running_update(centroids, feats[hardest], labels[hardest], momentum)
+    feats, y = feats.to(centroids.dtype), _sent(labels, centroids.device)
+    hardest_first = (feats * centroids[y]).sum(dim=1).argsort(stable=True)
+    by_label = hardest_first[y[hardest_first].argsort(stable=True)]
+    clusters, counts = labels.unique(return_counts=True)
+    firsts = _sent(counts.cumsum(0) - counts, centroids.device)
+    return running_update(centroids, feats[by_label[firsts]], clusters, momentum)
 
-# %% ../nbs/03_memory_loss.ipynb #107055bc
+# %% ../nbs/03_memory_loss.ipynb #9ae54611
 def _fitting_labels(feats, labels, centroids):
-    "The labels on the device of the features, if both fit the centroids"
-    labels, (C, d) = labels.to(feats.device).long(), centroids.shape
+    "The labels as int64, if they and the features fit the centroids"
+    labels, (C, d) = labels.long(), centroids.shape
     if feats.ndim != 2 or not len(feats) or feats.shape[1] != d or labels.shape != feats.shape[:1]:
         raise ValueError(
             f"feats {tuple(feats.shape)} and labels {tuple(labels.shape)} must be (B, {d}) and (B,), B at least 1"
@@ -107,7 +117,7 @@ def _fitting_labels(feats, labels, centroids):
         raise ValueError(f"labels hold {high}, need 0 to {C - 1}: make the memory from the same labels as the batches")
     return labels
 
-# %% ../nbs/03_memory_loss.ipynb #acc4ae9d
+# %% ../nbs/03_memory_loss.ipynb #be7b5118
 class ClusterMemory(nn.Module):
     "The centroids of an epoch: `loss` compares a batch with them, `update` moves them"
 
@@ -129,7 +139,7 @@ class ClusterMemory(nn.Module):
     def loss(
         self,
         feats: Tensor,  # (B, d) unit features with gradient
-        labels: Tensor,  # (B,) int64 pseudo labels in 0..C-1
+        labels: Tensor,  # (B,) int64 pseudo labels in 0..C-1, on the CPU or beside the features
     ) -> Tensor:  # scalar float32
         "`contrastive_loss` against the centroids"
         return contrastive_loss(feats, _fitting_labels(feats, labels, self.centroids), self.centroids, self.temp)
@@ -138,9 +148,11 @@ class ClusterMemory(nn.Module):
         self,
         feats: Tensor,  # (B, d) the features of the step
         labels: Tensor,  # (B,) and their labels
+        check: bool = True,  # False: never wait for the device; a batch that would be refused is passed over in silence
     ) -> None:  # `centroids` changes in place
         "Move the centroids, after `backward`; features that are not finite are refused and leave them as they were"
-        labels = _fitting_labels(feats, labels, self.centroids)
-        _refuse_nonfinite(feats)
-        move = hard_update if self.hard else running_update
-        self.centroids.copy_(move(self.centroids, feats.detach(), labels, self.momentum))
+        labels, feats = _fitting_labels(feats, labels, self.centroids), feats.detach()
+        if check:
+            _refuse_nonfinite(feats)
+        moved = (hard_update if self.hard else running_update)(self.centroids, feats, labels, self.momentum)
+        self.centroids.copy_(torch.where(feats.isfinite().all(), moved, self.centroids))
