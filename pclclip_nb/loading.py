@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['squash', 'read_image', 'decoded', 'Files', 'ahead', 'Batches', 'train_loader', 'test_loader']
 
-# %% ../nbs/00b_loading.ipynb #2be959ce
+# %% ../nbs/00b_loading.ipynb #483ed026
 import hashlib
 import os
 import shutil
@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm.auto import tqdm
 
@@ -98,8 +97,8 @@ def _decode_to(file, paths, shape, workers, progress):
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../nbs/00b_loading.ipynb #1895e5b5
-class Files(Dataset):
+# %% ../nbs/00b_loading.ipynb #fa289eb8
+class Files:
     "The images of a table, read and squashed each time"
 
     def __init__(
@@ -114,11 +113,10 @@ class Files(Dataset):
 
     def __getitem__(
         self,
-        item: int | tuple,  # row, or (row, seed)
-    ) -> tuple:  # (3, H, W) uint8, row, seed (-1 = none)
+        row: int,
+    ) -> np.ndarray:  # (3, H, W) uint8
         "Read one image"
-        row, seed = item if isinstance(item, tuple) else (item, -1)
-        return read_image(self.paths[row], self.size), row, seed
+        return read_image(self.paths[row], self.size)
 
 # %% ../nbs/00b_loading.ipynb #214ac5f3
 def ahead(
@@ -136,66 +134,63 @@ def ahead(
         while waiting:
             yield waiting.popleft().result()
 
-# %% ../nbs/00b_loading.ipynb #3e294dfe
+# %% ../nbs/00b_loading.ipynb #052d4d71
 class Batches:
-    "Iterate over (images (B, 3, H, W) float32 on `device`, rows (B,) int64)"
+    "Iterate over (images (b, 3, H, W) float32 on `device`, rows (B,) int64); b = B unless there is a share"
+
+    first = 0  # batches to skip at the next pass
 
     def __init__(
         self,
         images: np.ndarray | Files,  # (N, 3, H, W) uint8 from `decoded`, or files
         batch_sampler: Iterable,  # has a length; yields lists of rows or of (row, seed)
         augment: Callable,  # as `Augment`
-        workers: int = 0,  # processes that read files; 0 = the calling one
+        workers: int = 1,  # threads that read files
         device: str | torch.device = "cpu",  # where the batches are wanted
+        share: Callable | None = None,  # B -> places in the batch whose images are wanted; None = all
     ):
         self.images, self.batch_sampler, self.augment = images, batch_sampler, augment
-        self.device, self.files = torch.device(device), None
-        if isinstance(images, Files):
-            own = torch.Generator().manual_seed(0)
-            more = dict(num_workers=workers, persistent_workers=workers > 0, generator=own)
-            self.files = DataLoader(images, batch_sampler=batch_sampler, **more)
+        self.device, self.share = torch.device(device), share or np.arange
+        self.pool = ThreadPoolExecutor(max(1, workers)) if isinstance(images, Files) else None
 
     def __len__(self):
         return len(self.batch_sampler)
 
     def __iter__(self):
-        return ahead(self._make, self._bytes())
+        return ahead(self._make, ((batch,) for batch in list(self.batch_sampler)[self.first :]))
 
-    def _bytes(self):
-        "(images, which of them, rows, seeds or None) of each batch"
-        if self.files is not None:
-            for images, rows, seeds in self.files:
-                yield images.numpy(), np.arange(len(rows)), rows.numpy(), None if seeds[0] < 0 else seeds.numpy()
-            return
-        for batch in self.batch_sampler:
-            rows, seeds = zip(*batch, strict=True) if isinstance(batch[0], tuple) else (batch, None)
-            yield self.images, np.array(rows), np.array(rows), seeds
-
-    def _make(self, images, which, rows, seeds):
+    def _make(self, batch):
+        rows, seeds = np.array(batch).T if isinstance(batch[0], tuple) else (np.array(batch), None)
+        places = self.share(len(batch))
+        images, which = self.images, rows[places]
+        if self.pool is not None:
+            images, which = np.stack(list(self.pool.map(images.__getitem__, which))), np.arange(len(which))
         if self.device.type != "cpu":
             picked = torch.from_numpy(images[which]).pin_memory()
             images, which = picked.to(self.device, non_blocking=True), np.arange(len(which))
-        return self.augment(images, which, seeds), torch.from_numpy(rows)
+        return self.augment(images, which, None if seeds is None else seeds[places]), torch.from_numpy(rows)
 
-# %% ../nbs/00b_loading.ipynb #dec07ca8
+# %% ../nbs/00b_loading.ipynb #ab6f877e
 def train_loader(
     images: np.ndarray | Files,  # (N, 3, H, W) uint8 from `decoded`, or files; row i is row i of the sampler's labels
     sampler: Iterable,  # with a length, yields lists of (row, seed), see `pclclip_nb.samplers`
     augment: Callable | None = None,  # None = `Augment()`
-    workers: int = 2,  # processes that read files
+    workers: int = 2,  # threads that read files
     device: str | torch.device = "cpu",  # where the batches are wanted
+    share: Callable | None = None,  # B -> places in the batch whose images are wanted; None = all
 ) -> Batches:  # yields (images (B, 3, H, W), rows (B,))
     "Training batches; they do not depend on the number of workers, nor on where the bytes come from"
-    return Batches(images, sampler, augment or Augment(), workers, device)
+    return Batches(images, sampler, augment or Augment(), workers, device, share)
 
 
 def test_loader(
     images: np.ndarray | Files,  # (N, 3, H, W) uint8 from `decoded`, or files
     batch_size: int = 256,  # images per batch; the last may be smaller
     norm: str = "imagenet",  # see `pclclip_nb.augmentation.NORMS`
-    workers: int = 2,  # processes that read files
+    workers: int = 2,  # threads that read files
     device: str | torch.device = "cpu",  # where the batches are wanted
+    shard: tuple = (0, 1),  # (i, n): only every n-th batch, from the i-th on
 ) -> Batches:  # yields (images (B, 3, H, W), rows (B,)) in table order
     "Every image once, in order: for clustering and for test"
     in_order = [range(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
-    return Batches(images, in_order, Augment(norm), workers, device)
+    return Batches(images, in_order[shard[0] :: shard[1]], Augment(norm), workers, device)
