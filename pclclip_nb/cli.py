@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['DEMO', 'query_gallery_features', 'test_main', 'train_main', 'recipes_main', 'histogram_features', 'demo']
 
-# %% ../nbs/07_cli.ipynb #19c45882
+# %% ../nbs/07_cli.ipynb #01d8468c
 import json
+import os
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from pclclip_nb.flags import (
     settings,
 )
 from .loading import Files, test_loader
+from .processes import processes
 from .recipes import compare_to_log, on_track, recipe_table
 from .run_viz import aligned_umap, epoch_caption, plot_epochs, plot_history, read_run
 from .settings import TrainConfig
@@ -39,13 +42,15 @@ from .synthetic import make_synthetic_reid
 from .tiny_clip import tiny_backbone
 from .train import EpochResult, train
 
-# %% ../nbs/07_cli.ipynb #324f0e12
+# %% ../nbs/07_cli.ipynb #824c221c
 def _run(parser, argv, work):
-    "Parse, work, and turn a refusal into one line and exit code 2"
+    "Parse, work, and turn a refusal into one line and exit code 2; of several processes the main one speaks"
     parser.add_argument("--traceback", action="store_true", help="show the full traceback of an error")
     args = parser.parse_args(argv)
     try:
-        work(args)
+        with open(os.devnull, "w") as nowhere:
+            with redirect_stdout(nowhere) if processes().rank else nullcontext():
+                work(args)
     except (ValueError, OSError, FloatingPointError) as err:
         if args.traceback:
             raise
@@ -55,7 +60,7 @@ def _run(parser, argv, work):
             130, f"\n{parser.prog}: stopped; what was finished is saved, the same command with --resume goes on\n"
         )
 
-# %% ../nbs/07_cli.ipynb #d417c4f5
+# %% ../nbs/07_cli.ipynb #b45064d8
 def _split(table, name):
     return table[table.split == name].reset_index(drop=True)
 
@@ -63,7 +68,7 @@ def _split(table, name):
 def query_gallery_features(
     backbone: torch.nn.Module,  # (B, 3, H, W) to (B, d) unit rows, with .size
     table: pd.DataFrame,  # data set with `query` and `gallery`
-    workers: int = 2,  # processes that read images
+    workers: int = 2,  # threads that read images
     precision: str = "fp32",  # see `pclclip_nb.clip_backbone.autocast_dtype`
     progress: bool = False,  # show a bar
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (Q, d) and (G, d) features, in table order
@@ -87,7 +92,7 @@ def _scores(ranking):
 def _in_words(scores):
     return "  ".join(f"{k} {100 * v:.1f}" for k, v in scores.items())
 
-# %% ../nbs/07_cli.ipynb #3f5bcbf0
+# %% ../nbs/07_cli.ipynb #081bd4e6
 def _report_test(ranking, name):
     print(
         f"{name}: {_in_words(_scores(ranking))}   ({ranking.n_valid} queries, {ranking.n_skipped} without a match left out)"
@@ -116,7 +121,7 @@ def test_main(
     add_data(parser)
     parser.add_argument("--resume", required=True, help="weights: best.safetensors of a run, or a published checkpoint")
     parser.add_argument("-b", "--batch-size", type=int, default=256, help="images at a time (default: 256)")
-    parser.add_argument("-j", "--workers", type=int, default=4, help="processes that read images (default: 4)")
+    parser.add_argument("-j", "--workers", type=int, default=4, help="threads that read images (default: 4)")
     parser.add_argument(
         "--logs-dir", default=None, help="folder for scores.json, cmc.png and strips.png (default: none are written)"
     )
@@ -190,7 +195,7 @@ def train_main(
     )
     _run(parser, argv, lambda _: _train(*parse(parser, argv)))  # fmt: skip
 
-# %% ../nbs/07_cli.ipynb #bbd3f1a1
+# %% ../nbs/07_cli.ipynb #680a22f9
 def _train(args, recipe, notes):
     print(*(f"note: {n}\n" for n in notes), sep="", end="")
     if recipe and recipe.needs:
@@ -202,11 +207,12 @@ def _train(args, recipe, notes):
     if testing:
         _warn_unmatched(table, args.dataset)
     source = read_dataset(args.source_dataset, args.source_dir or args.data_dir) if args.source_dataset else None
-    backbone, run_dir = make_backbone(args, recipe), Path(args.logs_dir)
-    _note_experiment(run_dir, args, recipe)
+    backbone, run_dir, main = make_backbone(args, recipe), Path(args.logs_dir), processes().rank == 0
+    if main:
+        _note_experiment(run_dir, args, recipe)
     report = _on_epoch(table if testing else None, args.eval_step, cfg, recipe)
     history = train(backbone, table, run_dir, cfg, on_epoch=report, resume=args.resume, source=source)
-    if recipe and recipe.log:
+    if main and recipe and recipe.log:
         _draw_track(history, recipe, run_dir)
     if testing and "mAP" in history:  # a finished run that is resumed may never have been tested
         _final_report(history, run_dir)
@@ -288,7 +294,7 @@ def histogram_features(
         out[i] = np.bincount(pixels @ [bins * bins, bins, 1], minlength=bins**3)
     return out / np.linalg.norm(out, axis=1, keepdims=True)
 
-# %% ../nbs/07_cli.ipynb #91b3ca4e
+# %% ../nbs/07_cli.ipynb #5b7dab91
 DEMO = TrainConfig(
     eps=0.4,
     k1=20,
@@ -303,7 +309,7 @@ DEMO = TrainConfig(
     milestones=(6,),
     feature_precision="auto",
     workers=0,
-)  # on two cores a second process would only take them from the network
+)
 
 
 def demo(
@@ -317,7 +323,7 @@ def demo(
     add("--ids", type=int, default=100, help="training identities (default: 100)")
     add("--camera-shift", type=float, default=1.0, help="how far the cameras differ (default: 1)")
     add("--epochs", type=int, default=DEMO.epochs, help=f"rounds of clustering and training (default: {DEMO.epochs})")
-    add("-j", "--workers", type=int, default=DEMO.workers, help=f"processes that read images (default: {DEMO.workers})")
+    add("-j", "--workers", type=int, default=DEMO.workers, help=f"threads that read images (default: {DEMO.workers})")
     _run(parser, argv, _demo)
 
 

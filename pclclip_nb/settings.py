@@ -15,7 +15,7 @@ from torch import nn
 from .clip_backbone import autocast_dtype
 from .augmentation import NORMS
 
-# %% ../nbs/03c_settings.ipynb #2ede212e
+# %% ../nbs/03c_settings.ipynb #750d60be
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of a training run (defaults: PCL-CLIP without labels, 60 epochs)"
@@ -61,8 +61,11 @@ class TrainConfig:
     milestones: tuple[int, ...] = (20, 40)  # epochs after which lr falls to a tenth
 
     fill: str = "imagenet"  # colour of random erasing: mean of imagenet, half or clip
-    precision: str = "auto"  # of training: bf16, fp32, or auto (bf16 where the hardware is fast at it)
+    precision: str = "auto"  # of training: bf16, fp16, fp32, or auto (bf16 where the hardware is fast at it)
     feature_precision: str = "fp32"  # of the features that are clustered: as above
+    compile: bool = False  # compile the network before training (torch.compile): a minute once, faster steps
+    grad_checkpoint: bool = False  # ViTs: compute blocks again in the backward pass; less memory, slower steps
+    accumulate: int = 1  # parts of a batch that go through the network one after the other; less memory
     cache: float = 8.0  # GB of disk that the decoded images may take; 0 = decode in every epoch
     cache_dir: str = ""  # folder they are kept in; empty = `decoded` beside the run folder
     workers: int = 4  # processes that read images; results do not depend on it
@@ -70,6 +73,8 @@ class TrainConfig:
 
     best: str = "mAP"  # score returned by on_epoch that picks best.safetensors
     skip_bad: bool = False  # leave unreadable images out instead of stopping
+    checkpoint_steps: int = 0  # save inside an epoch too, every so many steps; 0 = at its end only
+    keep_checkpoints: int = 2  # checkpoints kept: last.pt, and those before it to fall back on
     keep_features: int = 1000  # images whose features are kept every epoch for the UMAP picture
 
     def __post_init__(self):
@@ -80,7 +85,7 @@ class TrainConfig:
         for precision in (self.precision, self.feature_precision):
             autocast_dtype(precision)
 
-# %% ../nbs/03c_settings.ipynb #ea356553
+# %% ../nbs/03c_settings.ipynb #7bcd775a
 def _choice(cfg, name, *words):
     return name, getattr(cfg, name) in words, " or ".join(map(repr, words))
 
@@ -115,10 +120,13 @@ def _ranges(cfg):
         _choice(cfg, "schedule", "steps", "cosine"),
         _choice(cfg, "fill", *NORMS),
         ("cache", cfg.cache >= 0, "0 or more gigabytes"),
+        ("accumulate", cfg.accumulate >= 1, "at least 1"),
+        ("checkpoint_steps", cfg.checkpoint_steps >= 0, "0 or more"),
+        ("keep_checkpoints", cfg.keep_checkpoints >= 1, "at least 1"),
         ("workers", cfg.workers >= 0, "0 or more"),
     ]  # fmt: skip
 
-# %% ../nbs/03c_settings.ipynb #921923da
+# %% ../nbs/03c_settings.ipynb #b67569e6
 def _fits(cfg):
     "The same of what must fit together"
     supervised, paced = cfg.id_loss + cfg.triplet > 0, cfg.self_paced
@@ -130,6 +138,9 @@ def _fits(cfg):
         ("eps_gap", room or not paced, "smaller than eps and 1 - eps, with clusterer 'dbscan' and eps a number, when self_paced is on"),
         ("reextract", cfg.memory == "hybrid" or not cfg.reextract, "False unless memory is 'hybrid': every other memory takes its features anew"),
         ("bn_chunks", cfg.bn_chunks == 1 or not cfg.domain_bn, "1 with domain_bn: it splits the batch in its own way"),
+        ("bn_chunks", cfg.bn_chunks == 1 or cfg.bn_chunks % cfg.accumulate == 0, f"1, or a multiple of accumulate ({cfg.accumulate}): no chunk can be larger than a part"),
+        ("batch_size", cfg.batch_size % cfg.accumulate == 0, f"a multiple of accumulate ({cfg.accumulate})"),
+        ("accumulate", cfg.accumulate == 1 or cfg.triplet == 0, "1 with a triplet loss: its hardest pairs are of the whole batch"),
     ]  # fmt: skip
 
 # %% ../nbs/03c_settings.ipynb #b8ba9fab
@@ -145,7 +156,7 @@ def learning_rate(
         return cfg.lr * 0.1 ** sum(m <= done for m in cfg.milestones)
     return cfg.lr * (0.002 + 0.998 * (1 + math.cos(math.pi * done / cfg.epochs)) / 2)
 
-# %% ../nbs/03c_settings.ipynb #ec21717c
+# %% ../nbs/03c_settings.ipynb #ea6fbc77
 def make_optimizer(
     *modules: nn.Module | None,  # backbone, and an identity head if there is one; their trainable parameters
     cfg: TrainConfig,
@@ -158,8 +169,11 @@ def make_optimizer(
         biases, rest = ([p for n, p in named if n.endswith("bias") == b] for b in (True, False))
         groups = [{"params": rest, "factor": 1.0}, {"params": biases, "factor": cfg.bias_lr}]
     if cfg.optimizer == "adam":
-        return torch.optim.Adam(groups, cfg.lr, weight_decay=cfg.weight_decay)
-    return torch.optim.SGD(groups, cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
+        return torch.optim.Adam(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    sgd = torch.optim.SGD(groups, cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay, fused=True)
+    for p in (p for g in groups for p in g["params"]):  # else left as it lies in memory if fp16 skips the first step
+        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
 
 # %% ../nbs/03c_settings.ipynb #e2d5d691
 def set_learning_rate(
