@@ -79,7 +79,7 @@ def published_step(args, net, images, labels):
     def step():
         with torch.autocast(args.device, torch.float16, enabled=half):
             loss = F.cross_entropy(memory.apply(net(images), y, centroids, CFG.momentum) / CFG.temp, y)
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -109,11 +109,11 @@ def our_step(args, net, images, labels, variant):
     return step
 
 
-def matrix_rate(device, precision):
-    "FLOP per second of the product of two large matrices"
+def product_of(device, precision):
+    "A call multiplies two large matrices; with it, the FLOP of that"
     n, dtype = 8192 if device == "cuda" else 2048, TYPES[precision] or torch.float32
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(seconds(lambda: a @ b, device, 3) for _ in range(5))
+    return lambda: a @ b, 2 * n**3
 
 
 def operations(step):
@@ -123,13 +123,13 @@ def operations(step):
     return counter.get_total_flops()
 
 
-def take_turns(steps, device, rounds, times):
+def take_turns(steps, args):
     "Seconds of a step (lower quartile: others may use the machine), and of the first call, of each"
-    first = {name: seconds(step, device) for name, step in steps.items()}
+    first = {name: seconds(step, args.device) for name, step in steps.items()}
     taken = {name: [] for name in steps}
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         for name, step in steps.items():
-            taken[name].append(seconds(step, device, times))
+            taken[name].append(seconds(step, args.device, args.times))
     return {name: float(np.quantile(t, 0.25)) for name, t in taken.items()}, first
 
 
@@ -139,9 +139,10 @@ def measured_steps(args):
     steps = {"published": published_step(args, net, images, labels)}
     flop = {True: operations(steps["published"]), False: operations(our_step(args, net, images, labels, "fp32"))}
     steps |= {v: our_step(args, net, images, labels, v) for v in args.variants}
-    taken, first = take_turns(steps, args.device, args.rounds, args.times)
     types = {v: ("fp16" if args.device == "cuda" else "fp32") if v == "published" else v.split()[0] for v in steps}
-    rates = {p: matrix_rate(args.device, p) for p in sorted(set(types.values()))}
+    products = {p: product_of(args.device, p) for p in sorted(set(types.values()))}
+    taken, first = take_turns(steps | {f"product {p}": f for p, (f, _) in products.items()}, args)
+    rates = {p: n / taken.pop(f"product {p}") for p, (_, n) in products.items()}
     rows = []
     for v, s in taken.items():
         used = flop[v == "published"] / s
@@ -168,7 +169,7 @@ def measured_parts(args):
     parts |= {
         f"SGD, {name}": torch.optim.SGD(trainable(net), CFG.lr, **how, **more).step for name, more in fast.items()
     }
-    return take_turns(parts, args.device, args.rounds, args.times)[0]
+    return take_turns(parts, args)[0]
 
 
 def measured_loader(args):
