@@ -129,7 +129,7 @@ def _read(path):
         raise _Damaged(f"{path} is not a checkpoint of pclclip_nb: pass the last.pt of a run")
     return state
 
-# %% ../nbs/03d_run_folder.ipynb #7abd74a0
+# %% ../nbs/03d_run_folder.ipynb #46a807a7
 def open_run(
     run_dir: str | Path,  # run folder, made if needed
     cfg: TrainConfig,
@@ -165,6 +165,7 @@ def _newest(saved, cfg, images):
         except _Damaged as err:
             if older is None:
                 raise
+            os.replace(path, path.with_name(path.name + ".damaged"))  # the next save must not push the good one out
             warnings.warn(f"{err}. Going on from {older.name}, the checkpoint before", stacklevel=4)
 
 # %% ../nbs/03d_run_folder.ipynb #96144f63
