@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RADII', 'silhouettes', 'cluster_report', 'check_labels', 'Suggestion', 'suggest_eps', 'plot_sweep']
 
-# %% ../nbs/02d_cluster_quality.ipynb #df81e4a3
+# %% ../nbs/02d_cluster_quality.ipynb #ece7eab7
 import warnings
 from dataclasses import dataclass, field
 
@@ -14,6 +14,7 @@ import pandas as pd
 from scipy.sparse import csr_array
 
 from .clustering import dbscan, jaccard_graph, knn, relabel
+from .label_quality import label_scores
 
 # %% ../nbs/02d_cluster_quality.ipynb #a43a8038
 def silhouettes(
@@ -56,20 +57,7 @@ def _camera_numbers(labels, camids):
         return {}
     return dict(cameras_per_cluster=float(seen_by.mean()), single_camera_share=float((seen_by == 1).mean()))
 
-# %% ../nbs/02d_cluster_quality.ipynb #84b39094
-def _truth_numbers(labels, pids):
-    "ARI and NMI with every outlier a cluster of its own; purity of the clustered images"
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-
-    labels, pids = labels[pids >= 0], pids[pids >= 0]
-    alone = np.where(labels < 0, labels.max(initial=0) + 1 + np.arange(len(labels)), labels)
-    pairs, counts = np.unique(np.stack([labels, pids])[:, labels >= 0], axis=1, return_counts=True)
-    best = np.zeros(labels.max(initial=0) + 1, int)
-    np.maximum.at(best, pairs[0], counts)
-    ari, nmi = adjusted_rand_score(pids, alone), normalized_mutual_info_score(pids, alone)
-    return dict(ARI=float(ari), NMI=float(nmi), purity=float(best.sum() / max(counts.sum(), 1)))
-
-# %% ../nbs/02d_cluster_quality.ipynb #24f71f8f
+# %% ../nbs/02d_cluster_quality.ipynb #5032875a
 def _sentences(r):
     "What looks wrong in a report, and what to turn"
     n, C, limit = r["n_images"], r["n_clusters"], 0.5 if r["n_clusters"] < 8 else 0.3
@@ -112,7 +100,8 @@ def cluster_report(
             raise ValueError(f"{n} labels but a graph of {graph.shape[0]} images: give the graph of these labels")
         r |= dict(silhouette=float(silhouettes(graph, labels).mean()))
     if pids is not None and (_numbers(pids, n, "pids") >= 0).any():
-        r |= _truth_numbers(labels, _numbers(pids, n, "pids"))
+        scores = label_scores(labels, pids)
+        r |= {k: scores[k] for k in ("precision", "recall", "F", "ARI", "NMI", "purity")}
     return r | dict(warnings=_sentences(r))
 
 # %% ../nbs/02d_cluster_quality.ipynb #9ed9eb76
@@ -160,7 +149,7 @@ def _score(sweep):
         return score * joined if joined.any() else score
     return score
 
-# %% ../nbs/02d_cluster_quality.ipynb #6d4ac898
+# %% ../nbs/02d_cluster_quality.ipynb #25bd6041
 RADII = tuple(round(0.3 + 0.05 * i, 2) for i in range(10))  # 0.3, 0.35, ... 0.75
 
 
@@ -170,7 +159,7 @@ def suggest_eps(
     k2: int = 6,  # rows averaged by query expansion; also the smallest k1 tried
     min_samples: int = 4,  # images within eps, self included, that make a core
     camids=None,  # (N,) cameras, -1 = unknown; if given, clusters should join cameras
-    pids=None,  # (N,) true identities where known, -1 = unknown; adds ARI, NMI, purity to `sweep`, changes no choice
+    pids=None,  # (N,) true identities where known, -1 = unknown; adds ARI, purity and others to `sweep`, changes no choice
     radii=RADII,  # radii to try, in (0, 1)
 ) -> Suggestion:  # eps, k1, and the sweep they were chosen from
     "The eps and k1 with the highest mean silhouette, an outlier counting 0, times the share of clusters that join cameras"
