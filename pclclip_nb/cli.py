@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO', 'query_gallery_features', 'test_main', 'train_main', 'recipes_main', 'histogram_features', 'demo']
 
-# %% ../nbs/07_cli.ipynb #01d8468c
+# %% ../nbs/07_cli.ipynb #7be34fb3
 import json
 import os
 from contextlib import nullcontext, redirect_stdout
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from .backbones import load_backbone, load_published
+from .camera_stage import train_cameras
 from .clip_backbone import extract_features
 from .data import SPECS, check_protocol, read_dataset
 from .eval_viz import evaluate, plot_cmc, rank_gallery, show_strips
@@ -195,14 +196,18 @@ def train_main(
     )
     _run(parser, argv, lambda _: _train(*parse(parser, argv)))  # fmt: skip
 
-# %% ../nbs/07_cli.ipynb #680a22f9
+# %% ../nbs/07_cli.ipynb #f2f0f37a
 def _train(args, recipe, notes):
     print(*(f"note: {n}\n" for n in notes), sep="", end="")
-    if recipe and recipe.needs:
-        raise ValueError(f"recipe {recipe.name} needs {recipe.needs}, which this version has not")
+    if recipe and recipe.labels_from and not args.camera_labels:
+        raise ValueError(
+            f"{recipe.name} refines by what {recipe.labels_from} leaves: give its camera_labels.csv as --camera-labels, or 'none' to cluster each camera with the same features"
+        )
     cfg, table = settings(args), read_table(args)
     images = (table.split == "train").sum()
     print(f"{images} training images of {args.dataset}, {table.camid[table.split == 'train'].nunique()} cameras")
+    if args.per_camera:
+        return _train_cameras(args, recipe, cfg, table)
     testing = args.eval_step > 0 and _has_test(table)
     if testing:
         _warn_unmatched(table, args.dataset)
@@ -219,6 +224,16 @@ def _train(args, recipe, notes):
     else:
         why = "" if args.eval_step else " (no test was asked for)"
         print(f"done: weights in {run_dir / 'last.safetensors'}, the last epoch's{why}")
+
+
+def _train_cameras(args, recipe, cfg, table):
+    "One network per camera"
+    run_dir = Path(args.logs_dir)
+    summary = train_cameras(lambda: make_backbone(args, recipe), table, run_dir, cfg, resume=bool(args.resume))
+    print(summary.to_string(index=False, float_format="{:.2f}".format))
+    print(
+        f"done: give {run_dir / 'camera_labels.csv'} as --camera-labels, with --refine icsr or a recipe of ICSR's second stage"
+    )
 
 
 def _note_experiment(run_dir, args, recipe):

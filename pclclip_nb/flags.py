@@ -59,13 +59,14 @@ def add_settings(
             kind, text = _radius if f.name == "eps" else type(f.default), f"{text} (default: {f.default})"
             parser.add_argument(*_SHORT.get(f.name, []), flag, type=kind, default=f.default, help=text)
 
-# %% ../nbs/06a_flags.ipynb #39d3e627
+# %% ../nbs/06a_flags.ipynb #70e5174e
 def settings(
     args: argparse.Namespace,  # with a value for every field
 ) -> TrainConfig:
     "The settings that parsed flags ask for"
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
-    return TrainConfig(**values | {"milestones": tuple(values["milestones"])})
+    values |= {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
+    return TrainConfig(**values | {"camera_labels": "" if args.camera_labels == "none" else args.camera_labels})
 
 # %% ../nbs/06a_flags.ipynb #91a8aeeb
 OWN = ("folder", "csv")
@@ -188,7 +189,7 @@ def _family(model, given):
         return model.split("_")[0].replace("vit", "pass") + stem
     return ""
 
-# %% ../nbs/06a_flags.ipynb #c2bb0cf8
+# %% ../nbs/06a_flags.ipynb #6335e2ef
 def add_published(
     parser: argparse.ArgumentParser,  # changed
 ) -> None:
@@ -199,6 +200,7 @@ def add_published(
     add("--recipe", help=row)
     add("--source-dataset", "-ds", "--dataset-source", choices=list(SPECS), help=beside)
     add("--source-dir", help="folder that holds it (default: --data-dir)")
+    add("--per-camera", action="store_true", help="train one network per camera, for camera_labels.csv (ICSR, stage 1)")
     add("--step-size", type=int, help="milestones at its multiples")
     add("--features", type=int, help="accepted as 0: there is no embedding layer")
     add("--dropout", type=float, help="accepted as 0: there is no dropout")
@@ -235,7 +237,7 @@ def translate(
                 notes.append(f"--{old} {given[new]} is --{new.replace('_', '-')} with Infomap")
     return given, notes
 
-# %% ../nbs/06a_flags.ipynb #06fa069a
+# %% ../nbs/06a_flags.ipynb #e0da03f1
 def _row(recipe):
     "A recipe as values of flags"
     if recipe is None:
@@ -245,6 +247,7 @@ def _row(recipe):
     return row | {
         "pretrained": recipe.pretrained,
         "source_dataset": joint,
+        "per_camera": recipe.per_camera,
         "height": recipe.size[0],
         "width": recipe.size[1],
     }

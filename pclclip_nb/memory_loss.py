@@ -43,7 +43,7 @@ def cluster_centroids(
     sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, labels, features)
     return F.normalize(sums / counts[:, None], dim=1)
 
-# %% ../nbs/03_memory_loss.ipynb #a70fe49b
+# %% ../nbs/03_memory_loss.ipynb #f10dab4b
 def _sent(x, device):
     "The same values on a device, which works on meanwhile"
     if x.device.type == "cuda":
@@ -56,11 +56,16 @@ def contrastive_loss(
     labels: Tensor,  # (B,) int64 pseudo labels in 0..C-1, on the CPU or beside the features
     centroids: Tensor,  # (C, d) unit centroids; no gradient flows into them
     temp: float = 0.05,  # temperature, > 0
-) -> Tensor:  # scalar float32
+    weight: Tensor | None = None,  # (C,) of the clusters, >= 0; the mean over the batch is weighted. None = all alike
+) -> Tensor:  # scalar float32; 0 if every weight in the batch is
     "Cross-entropy of the batch against all centroids, logits in float32 also under autocast"
     with torch.autocast(feats.device.type, enabled=False):
         feats = _wide(feats)
-        return F.cross_entropy(feats @ centroids.detach().to(feats.dtype).T / temp, _sent(labels, feats.device))
+        logits, labels = feats @ centroids.detach().to(feats.dtype).T / temp, _sent(labels, feats.device)
+        if weight is None:
+            return F.cross_entropy(logits, labels)
+        total = weight[labels].sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return F.cross_entropy(logits, labels, weight.to(logits.dtype), reduction="sum") / total
 
 # %% ../nbs/03_memory_loss.ipynb #255c7dfc
 def _rounds(labels):
@@ -117,7 +122,7 @@ def _fitting_labels(feats, labels, centroids):
         raise ValueError(f"labels hold {high}, need 0 to {C - 1}: make the memory from the same labels as the batches")
     return labels
 
-# %% ../nbs/03_memory_loss.ipynb #be7b5118
+# %% ../nbs/03_memory_loss.ipynb #04363a20
 class ClusterMemory(nn.Module):
     "The centroids of an epoch: `loss` compares a batch with them, `update` moves them"
 
@@ -127,6 +132,7 @@ class ClusterMemory(nn.Module):
         momentum: float = 0.1,  # weight of the old centroid in one step of an update, in [0, 1]
         temp: float = 0.05,  # temperature of the loss, > 0
         hard: bool = False,  # one step towards the hardest sample instead of one per sample
+        weight: Tensor | None = None,  # (C,) of the clusters in the loss, >= 0; None = all alike
     ):
         super().__init__()
         if not 0 <= momentum <= 1:
@@ -135,6 +141,11 @@ class ClusterMemory(nn.Module):
             raise ValueError(f"temp = {temp} must be above 0: the papers use 0.05")
         self.momentum, self.temp, self.hard = momentum, temp, hard
         self.register_buffer("centroids", _wide(centroids.detach()).clone())
+        self.register_buffer("weight", None if weight is None else torch.as_tensor(weight).float())
+        if weight is not None and (self.weight.shape != centroids.shape[:1] or not (self.weight >= 0).all()):
+            raise ValueError(
+                f"weight {tuple(self.weight.shape)} must be one number of 0 or more for each of the {len(centroids)} centroids"
+            )
 
     def loss(
         self,
@@ -142,7 +153,8 @@ class ClusterMemory(nn.Module):
         labels: Tensor,  # (B,) int64 pseudo labels in 0..C-1, on the CPU or beside the features
     ) -> Tensor:  # scalar float32
         "`contrastive_loss` against the centroids"
-        return contrastive_loss(feats, _fitting_labels(feats, labels, self.centroids), self.centroids, self.temp)
+        labels = _fitting_labels(feats, labels, self.centroids)
+        return contrastive_loss(feats, labels, self.centroids, self.temp, self.weight)
 
     def update(
         self,

@@ -21,7 +21,7 @@ from .data import SPECS
 from .domain_adaptation import reset_necks
 from .settings import TrainConfig
 
-# %% ../nbs/06_recipes.ipynb #313df496
+# %% ../nbs/06_recipes.ipynb #5e050a11
 @dataclass(frozen=True)
 class Recipe:
     "A published experiment, ready to run"
@@ -41,8 +41,8 @@ class Recipe:
     reference: str = ""  # paper or file of the figures
     command: str = ""  # what the authors typed, without paths of their machine
     log: dict = field(default_factory=dict)  # clusters, loss, mAP, seconds -> {epoch: value of the published log}
-    needs: str = ""  # a part that this version lacks; such a row cannot run
-    refine: dict = field(default_factory=dict)  # settings of that part
+    per_camera: bool = False  # one run per camera, see `pclclip_nb.camera_stage.train_cameras`
+    labels_from: str = ""  # row by cameras whose camera_labels.csv this one refines its labels with
     inferred: str = ""  # what is not published but concluded
 
 # %% ../nbs/06_recipes.ipynb #79a0ba3b
@@ -246,8 +246,8 @@ def _vits():
         for task, score in zip(_VIT_TASKS, scores.split(), strict=True):
             yield _vit_row(*family, task, score)
 
-# %% ../nbs/06_recipes.ipynb #6ca428ea
-_GLC_SCHEDULE = dict(start=10, every=5, restart=15, frozen=(16, 20), restart_lr=5.5e-4, restart_milestones=(15,))
+# %% ../nbs/06_recipes.ipynb #71bc2190
+_GLC = dict(refine="glc", glc_start=11, glc_every=5, restart_epoch=16, restart_lr=5.5e-4, restart_milestones=(15, 30))
 _GLC_ROWS = {  # row of PASS that GLC is added to: name, scores
     "pass-market1501": ("glc-market1501", "89.3/95.0"),
     "pass-msmt17": ("glc-msmt17", "45.6/71.1"),
@@ -261,38 +261,35 @@ def _icsr():
     base = replace(_CC, clusterer="average", batch_size=64, num_instances=4)
     cams = replace(base, momentum=0.2, iters=100, epochs=20)
     line = "python examples/train_{}.py -b 64 -a {} -d {} --iters {} --num-instances 4".format
-    told = dict(reference="arXiv 2304.12634", needs="intra-camera refinement")
-    rows = (("market1501", 431, 200, "83.2/93.1"), ("msmt17", 434, 400, "43.3/71.5"))
-    for data, n_clusters, iters, scores in rows:
-        one = dict(command=line("cam", "resnet50", data, 100), refine=dict(images_per_cluster=5)) | told | _R50 | _GEM
-        one["inferred"] = "n_clusters is a fifth of a camera's images; here, of a mean camera's"
-        yield _row(f"icsr-stage1-{data}", "ICSR", data, replace(cams, n_clusters=n_clusters), **one)
-        nodes = dict(labels_of=f"icsr-stage1-{data}", links=15, min_sim=0.5, min_size=4)
-        both = dict(command=line("global", "resnet_ibn50a", data, iters), refine=nodes) | told | _IBN | _GEM
-        yield _row(f"icsr-{data}", "ICSR", data, replace(base, iters=iters), scores, **both)
+    told = dict(reference="arXiv 2304.12634")
+    for data, iters, scores in (("market1501", 200, "83.2/93.1"), ("msmt17", 400, "43.3/71.5")):
+        one = dict(command=line("cam", "resnet50", data, 100), per_camera=True) | told | _R50 | _GEM
+        yield _row(f"icsr-stage1-{data}", "ICSR", data, cams, **one)
+        both = dict(command=line("global", "resnet_ibn50a", data, iters), labels_from=f"icsr-stage1-{data}")
+        cfg = replace(base, iters=iters, refine="icsr", icsr_variant="icsr-release")
+        yield _row(f"icsr-{data}", "ICSR", data, cfg, scores, **both | told | _IBN | _GEM)
 
 
 def _glc():
     "GLC on PASS"
-    told = dict(method="GLC on PASS", needs="graph label correction", reference="README of GLC", refine=_GLC_SCHEDULE)
+    told = dict(method="GLC on PASS", reference="README of GLC")
     told["inferred"] = "the schedule of the committed script; names of its log folders hint at others for Market-1501"
     for base in (r for r in _vits() if r.name in _GLC_ROWS):
         name, scores = _GLC_ROWS[base.name]
-        line = base.command.replace("_usl.py", "_usl_gcn_restart.py")
-        yield replace(base, name=name, published=_published(scores), command=line, **told)
+        line, cfg = base.command.replace("_usl.py", "_usl_gcn_restart.py"), replace(base.train, frozen=(17, 21), **_GLC)
+        yield replace(base, name=name, train=cfg, published=_published(scores), command=line, **told)
 
 # %% ../nbs/06_recipes.ipynb #234266f0
 RECIPES = {r.name: r for part in (_pclclip, _cluster_contrast, _spcl, _vits, _icsr, _glc) for r in part()}
 
-# %% ../nbs/06_recipes.ipynb #8ed28b3c
+# %% ../nbs/06_recipes.ipynb #67017b7b
 def recipe_table() -> pd.DataFrame:  # one row per recipe, indexed by method and name
     "All recipes at a glance; scores in percent"
     rows = []
     for r in RECIPES.values():
         cfg = r.train
-        near = {"dbscan": cfg.eps, "infomap": cfg.min_sim, "average": f"{cfg.n_clusters} clusters"}.get(
-            cfg.clusterer, "–"
-        )
+        many = "a cluster per 5 images" if r.per_camera else f"{cfg.n_clusters} clusters"
+        near = {"dbscan": cfg.eps, "infomap": cfg.min_sim, "average": many}.get(cfg.clusterer, "–")
         data = " → ".join(SPECS[d].title for d in (r.source_dataset, r.dataset) if d)
         row = dict(method=r.method, recipe=r.name, data=data, model=r.model, clusterer=cfg.clusterer)
         row |= {"eps / min_sim": near, "P×K": f"{cfg.batch_size // cfg.num_instances}×{cfg.num_instances}"}
@@ -314,14 +311,12 @@ def find_recipe(
         raise ValueError(f"no recipe is called {name!r}: did you mean {_closest(name, RECIPES)}?")
     return RECIPES[name]
 
-# %% ../nbs/06_recipes.ipynb #69f18c5a
+# %% ../nbs/06_recipes.ipynb #8c69fa9e
 def resolve(
     recipe: Recipe,
     **overrides,  # fields of `TrainConfig` to change
 ) -> TrainConfig:  # what the run is trained with
-    "The settings of a recipe. Raises ValueError for an unknown setting, or for a row that cannot run yet."
-    if recipe.needs:
-        raise ValueError(f"{recipe.name} needs {recipe.needs}, which this version lacks: choose another row")
+    "The settings of a recipe. Raises ValueError for an unknown setting, or one out of range."
     known = [f.name for f in fields(TrainConfig)]
     for name in overrides:
         if name not in known:

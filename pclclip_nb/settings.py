@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'learning_rate', 'make_optimizer', 'set_learning_rate']
 
-# %% ../nbs/03c_settings.ipynb #9ad6eaa3
+# %% ../nbs/03c_settings.ipynb #24be62e6
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from .clip_backbone import autocast_dtype
 from .augmentation import NORMS
 
-# %% ../nbs/03c_settings.ipynb #750d60be
+# %% ../nbs/03c_settings.ipynb #46c2e90b
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of a training run (defaults: PCL-CLIP without labels, 60 epochs)"
@@ -31,6 +31,19 @@ class TrainConfig:
     min_sim: float = 0.5  # infomap: least cosine similarity of a link
     min_size: int = 4  # infomap: clusters of up to so many images are outliers
     n_clusters: int = 1200  # average: how many clusters to stop at
+
+    refine: str = ""  # corrections of the labels, by commas, in order: icsr (by camera), glc (by a graph network)
+    camera_labels: str = ""  # icsr: file with each camera's own clusters; empty = clustered from the same features
+    icsr_variant: str = "calr"  # icsr: its nodes are of the clusters (calr) or of Infomap's (icsr-release)
+    icsr_decay: bool = False  # icsr: drop by lot, with a chance that falls from 1 to 0.75 over the run
+    camera_weights: int = 0  # epoch from which clusters of many cameras count more (CALR: 6); 0 = never
+    glc_start: int = 1  # glc: first epoch that is corrected
+    glc_every: int = 1  # glc: and every so many epochs from there
+    glc_steps: int = 400  # glc: training steps of its network
+    frozen: tuple[int, ...] = ()  # first and last of the epochs that keep the labels and centroids of the one before
+    restart_epoch: int = 0  # epoch that trains on its labels from the first weights again (GLC: 16); 0 = never
+    restart_lr: float = 5.5e-4  # learning rate from there, without warm-up
+    restart_milestones: tuple[int, ...] = (15, 30)  # epochs after the restart at which it falls to a tenth
 
     batch_size: int = 256  # images per step, P clusters x num_instances
     num_instances: int = 16  # images per cluster in a batch
@@ -77,6 +90,11 @@ class TrainConfig:
     keep_checkpoints: int = 2  # checkpoints kept: last.pt, and those before it to fall back on
     keep_features: int = 1000  # images whose features are kept every epoch for the UMAP picture
 
+    @property
+    def refiners(self) -> tuple[str, ...]:  # the words of `refine`
+        "Names of the corrections, in order"
+        return tuple(word.strip() for word in self.refine.split(",") if word.strip())
+
     def __post_init__(self):
         for rules in (_ranges, _fits):
             for name, ok, rule in rules(self):
@@ -85,7 +103,7 @@ class TrainConfig:
         for precision in (self.precision, self.feature_precision):
             autocast_dtype(precision)
 
-# %% ../nbs/03c_settings.ipynb #7bcd775a
+# %% ../nbs/03c_settings.ipynb #3cb19c06
 def _choice(cfg, name, *words):
     return name, getattr(cfg, name) in words, " or ".join(map(repr, words))
 
@@ -104,6 +122,15 @@ def _ranges(cfg):
         ("links", cfg.links >= 2, "at least 2; Cluster Contrast uses 15"),
         ("min_sim", 0 < cfg.min_sim <= 1, "a cosine, above 0, to 1; Cluster Contrast uses 0.5"),
         ("n_clusters", cfg.n_clusters >= 2, "at least 2"),
+        ("refine", set(cfg.refiners) <= {"icsr", "glc"} and len(set(cfg.refiners)) == len(cfg.refiners), "empty, 'icsr', 'glc', 'icsr,glc' or 'glc,icsr'"),
+        _choice(cfg, "icsr_variant", "calr", "icsr-release"),
+        ("camera_weights", cfg.camera_weights >= 0, "0 (never) or an epoch; CALR begins at 6"),
+        ("glc_start", cfg.glc_start >= 1, "at least 1; GLC's code begins at 11"),
+        ("glc_every", cfg.glc_every >= 1, "at least 1; GLC's code has 5"),
+        ("glc_steps", cfg.glc_steps >= 1, "at least 1"),
+        ("frozen", cfg.frozen == () or len(cfg.frozen) == 2 and 1 < cfg.frozen[0] <= cfg.frozen[1], "empty, or a first epoch of at least 2 and a last one; GLC's code has 17 21"),
+        ("restart_epoch", cfg.restart_epoch >= 0, "0 (never) or an epoch; GLC's code has 16"),
+        ("restart_lr", cfg.restart_lr > 0, "above 0"),
         ("num_instances", cfg.num_instances >= 1, "at least 1; the papers use 16"),
         ("batch_size", whole, f"a multiple of num_instances ({cfg.num_instances}), such as {near}"),
         ("epochs", cfg.epochs >= 1, "at least 1"),
@@ -126,7 +153,7 @@ def _ranges(cfg):
         ("workers", cfg.workers >= 0, "0 or more"),
     ]  # fmt: skip
 
-# %% ../nbs/03c_settings.ipynb #b67569e6
+# %% ../nbs/03c_settings.ipynb #59b5156f
 def _fits(cfg):
     "The same of what must fit together"
     supervised, paced = cfg.id_loss + cfg.triplet > 0, cfg.self_paced
@@ -137,18 +164,27 @@ def _fits(cfg):
         ("memory", cfg.memory != "hybrid" or cfg.clusterer != "pids", "'cluster' or 'none' with true pids: there are no outliers"),
         ("eps_gap", room or not paced, "smaller than eps and 1 - eps, with clusterer 'dbscan' and eps a number, when self_paced is on"),
         ("reextract", cfg.memory == "hybrid" or not cfg.reextract, "False unless memory is 'hybrid': every other memory takes its features anew"),
+        ("refine", cfg.clusterer != "pids" or not cfg.refine, "empty with true pids: there is nothing to correct"),
+        ("camera_weights", cfg.memory == "cluster" or not cfg.camera_weights, "0 unless memory is 'cluster': other losses have no weights"),
+        ("camera_weights", cfg.accumulate == 1 or not cfg.camera_weights, "0 with accumulate above 1: the weighted mean is of the whole batch"),
+        ("frozen", cfg.memory == "cluster" or not cfg.frozen, "empty unless memory is 'cluster': it keeps centroids"),
+        ("glc_start", "glc" not in cfg.refiners or cfg.glc_start <= cfg.epochs, f"at most epochs ({cfg.epochs}): the labels are never corrected"),
         ("bn_chunks", cfg.bn_chunks == 1 or not cfg.domain_bn, "1 with domain_bn: it splits the batch in its own way"),
         ("bn_chunks", cfg.bn_chunks == 1 or cfg.bn_chunks % cfg.accumulate == 0, f"1, or a multiple of accumulate ({cfg.accumulate}): no chunk can be larger than a part"),
         ("batch_size", cfg.batch_size % cfg.accumulate == 0, f"a multiple of accumulate ({cfg.accumulate})"),
         ("accumulate", cfg.accumulate == 1 or cfg.triplet == 0, "1 with a triplet loss: its hardest pairs are of the whole batch"),
     ]  # fmt: skip
 
-# %% ../nbs/03c_settings.ipynb #b8ba9fab
+# %% ../nbs/03c_settings.ipynb #5eae6ab1
 def learning_rate(
     epoch: int,  # 1-based
     cfg: TrainConfig,
 ) -> float:  # learning rate of that epoch
     "Linear warm-up, then steps (PCL-CLIP, Cluster Contrast) or a cosine (TransReID)"
+    if 0 < cfg.restart_epoch <= epoch:
+        again = dict(lr=cfg.restart_lr, milestones=cfg.restart_milestones, warmup_epochs=0, restart_epoch=0)
+        gone = cfg.restart_epoch - 1
+        return learning_rate(epoch - gone, replace(cfg, epochs=cfg.epochs - gone, glc_start=1, **again))
     done = epoch - 1 if cfg.schedule == "steps" else epoch
     if done < cfg.warmup_epochs:
         return cfg.lr * (cfg.warmup_from + (1 - cfg.warmup_from) * done / cfg.warmup_epochs)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EpochResult', 'train']
 
-# %% ../nbs/04_train.ipynb #8939e64a
+# %% ../nbs/04_train.ipynb #fa01720b
 import copy
 import math
 import sys
@@ -24,11 +24,20 @@ from tqdm.auto import tqdm
 
 from .augmentation import Augment
 from .batch_norm import drop_source, pool_bn, set_bn_chunks, set_domain, set_domain_bn
+from .camera_refinement import camera_entropy_weights
 from .clip_backbone import extract_features, save_weights, set_grad_checkpoint
 from .cluster_quality import cluster_report
 from .hybrid_memory import HybridMemory
 from .identity_loss import IdentityHead
-from .labels import pseudo_labels, settings_clusterer, training_images, true_labels, with_radius
+from pclclip_nb.labels import (
+    pseudo_labels,
+    read_camera_labels,
+    settings_clusterer,
+    settings_refiners,
+    training_images,
+    true_labels,
+    with_radius,
+)
 from .loading import Files, decoded, test_loader, train_loader
 from .memory_loss import ClusterMemory, cluster_centroids
 from .pk_sampler import PKSampler
@@ -60,7 +69,7 @@ class EpochResult:
     row: dict  # this epoch's row of the history
     backbone: nn.Module  # after this epoch's steps
 
-# %% ../nbs/04_train.ipynb #acb129c7
+# %% ../nbs/04_train.ipynb #e0e8606b
 @dataclass
 class _Run:
     "Everything a run is made of"
@@ -70,8 +79,11 @@ class _Run:
     backbone: nn.Module
     source: pd.DataFrame | None
     clusterer: Callable | None
-    refiners: Sequence[Callable]
+    refiners: Sequence[Callable] | None
     me: Processes
+    local: np.ndarray | None = None  # (N,) each camera's own clusters, for a refiner of the settings
+    frozen: dict | None = None  # labels (N,) and centroids (C, d) of the last epoch that was clustered
+    start: Path | None = None  # file of the first weights, for a restart
     head: IdentityHead | None = None
     optimizer: torch.optim.Optimizer | None = None
     step: Stepper | None = None
@@ -92,6 +104,7 @@ class _Epoch:
     labels: np.ndarray
     features: Tensor | None
     row: dict
+    centroids: Tensor | None = None  # (C, d) of an earlier epoch; None = those of the features
     losses: list = field(default_factory=list)  # of the steps done
     skipped: int = 0  # of them, left out by fp16's loss scale
     memory: dict | None = None  # state of the memory, when the epoch goes on
@@ -117,6 +130,8 @@ def _start(cfg, table, backbone, source, clusterer, refiners, me=None):
     run = _Run(cfg, training_images(table, cfg.skip_bad), backbone, source, clusterer, refiners, me)
     if cfg.self_paced and clusterer is None:
         run.clusterer = settings_clusterer(cfg)
+    if cfg.camera_labels:
+        run.local = read_camera_labels(cfg.camera_labels, run.images)
     _set_network(cfg, backbone, me)
     if cfg.id_loss + cfg.triplet > 0:
         n_ids = true_labels(run.images.pid.to_numpy()).max() + 1
@@ -154,7 +169,7 @@ def _restore(run, state):
         raise ValueError(
             "the run was made with another source data set: resume with the same, or start a new run folder"
         )
-    run.history = state["history"]
+    run.history, run.frozen = state["history"], state.get("frozen")
     if "memory" in state:
         rows, n = state["memory"]["rows"], len(state["memory"]["rows"]) - len(run.images)
         run.memory = HybridMemory(rows[n:], rows[:n], run.cfg.momentum, run.cfg.temp)
@@ -163,7 +178,7 @@ def _restore(run, state):
         if name in state:  # a checkpoint of an older version has no scaler
             part.load_state_dict(state[name])
 
-# %% ../nbs/04_train.ipynb #d7d93aca
+# %% ../nbs/04_train.ipynb #1cbe6982
 def _table(run):
     "Source and target in one table"
     return run.images if run.source is None else pd.concat([run.source, run.images], ignore_index=True)
@@ -204,19 +219,32 @@ def _features(run, progress):
     return _extract(run, progress)
 
 
-def _labels(run, features):
-    "Labels of an epoch, and what the history says of them"
-    cfg, camids, pids = run.cfg, run.images.camid.to_numpy(), run.images.pid.to_numpy()
+def _clustered(run, number, features, progress):
+    "Labels of an epoch from its features, and what was chosen for them"
+    cfg, camids = run.cfg, run.images.camid.to_numpy()
     if cfg.clusterer == "pids" and run.clusterer is None:
-        labels, chosen = true_labels(pids), {}
+        return true_labels(run.images.pid.to_numpy()), {}
+    by_radius = cfg.clusterer == "dbscan" and run.clusterer is None
+    cfg, refiners = with_radius(cfg, features, camids) if by_radius else cfg, run.refiners
+    if refiners is None:
+        refiners = settings_refiners(cfg, number, run.local, device=_how(run)["device"], progress=progress)
+    chosen = {"eps": cfg.eps, "k1": cfg.k1} if by_radius else {}
+    return pseudo_labels(features, camids, cfg, run.clusterer, refiners), chosen
+
+
+_KNOWN = ("ARI", "NMI", "purity", "precision", "recall", "F")
+
+
+def _labels(run, number, features, progress=False):
+    "Labels of an epoch, new or kept, and what the history says of them"
+    camids, pids, (first, last) = run.images.camid.to_numpy(), run.images.pid.to_numpy(), run.cfg.frozen or (0, -1)
+    if first <= number <= last:
+        labels, chosen = run.frozen["labels"].numpy(), {}
     else:
-        by_radius = cfg.clusterer == "dbscan" and run.clusterer is None
-        cfg = with_radius(cfg, features, camids) if by_radius else cfg
-        labels = pseudo_labels(features, camids, cfg, run.clusterer, run.refiners)
-        chosen = {"eps": cfg.eps, "k1": cfg.k1} if by_radius else {}
+        labels, chosen = _clustered(run, number, features, progress)
     report = cluster_report(labels, camids, pids if (pids >= 0).all() else None)
     row = {"clusters": report["n_clusters"], "outliers": report["n_outliers"], "largest": report["largest_share"]}
-    return labels, row | chosen | {k.lower(): report[k] for k in ("ARI", "NMI", "purity") if k in report}
+    return labels, row | chosen | {k.lower(): report[k] for k in _KNOWN if k in report}
 
 
 def _label_step(run, number, progress):
@@ -225,18 +253,44 @@ def _label_step(run, number, progress):
         with stage("features"):
             features = _features(run, progress)
         with stage("cluster"):
-            labels, row = run.me.from_main(lambda: _labels(run, features))
-    return _Epoch(number, labels, features, row | {f"t_{name}": t for name, t in timer.seconds.items()})
+            labels, row = run.me.from_main(lambda: _labels(run, number, features, progress))
+    epoch = _Epoch(number, labels, features, row | {f"t_{name}": t for name, t in timer.seconds.items()})
+    if run.cfg.frozen and number < run.cfg.frozen[0]:
+        centroids, labels = cluster_centroids(features, labels), torch.from_numpy(labels)
+        run.frozen = {"labels": labels, "centroids": centroids}
+    elif run.cfg.frozen and number <= run.cfg.frozen[1]:
+        epoch.centroids = run.frozen["centroids"]
+    if number == run.cfg.restart_epoch:
+        _restart(run)
+    return epoch
 
-# %% ../nbs/04_train.ipynb #9164aba9
+
+def _keep_start(run, run_dir):
+    "Write the first weights, if the run will want them again"
+    run.start = run_dir / "start.pt"
+    if run.cfg.restart_epoch and not run.history and not run.start.exists():
+        run.me.from_main(lambda: write_whole(run.start, lambda p: torch.save(run.backbone.state_dict(), p)))
+
+
+def _restart(run):
+    "The first weights and a fresh optimiser"
+    if not run.start.is_file():
+        raise ValueError(f"{run.start} is missing: a restart needs the first weights, begin the run anew")
+    run.backbone.load_state_dict(torch.load(run.start, map_location="cpu", weights_only=True))
+    run.optimizer = run.step.optimizer = make_optimizer(run.backbone, run.head, cfg=run.cfg)
+
+# %% ../nbs/04_train.ipynb #a6221633
 def _memory(run, epoch):
     "The memory of this epoch, and the target of each row that the loader yields"
     cfg, device, features, labels = run.cfg, next(run.backbone.parameters()).device, epoch.features, epoch.labels
     if cfg.memory == "none":
         return None, labels
     if cfg.memory == "cluster":
-        centroids = cluster_centroids(features, torch.as_tensor(labels))
-        memory = ClusterMemory(centroids, cfg.momentum, cfg.temp, cfg.use_hard)
+        centroids = cluster_centroids(features, labels) if epoch.centroids is None else epoch.centroids
+        weight = None
+        if 0 < cfg.camera_weights <= epoch.number:
+            weight = torch.from_numpy(camera_entropy_weights(labels, run.images.camid.to_numpy()))
+        memory = ClusterMemory(centroids, cfg.momentum, cfg.temp, cfg.use_hard, weight)
         if epoch.memory:
             memory.load_state_dict(epoch.memory)
         return memory.to(device), labels
@@ -355,11 +409,13 @@ def _leave(where):
     print(f"SIGTERM: stopped and saved in {where}; resume goes on from there", file=sys.stderr)
     raise SystemExit(143)  # 128 + SIGTERM, as shells count
 
-# %% ../nbs/04_train.ipynb #c20bb6d0
+# %% ../nbs/04_train.ipynb #d1857a38
 def _save(run, run_dir, within=None):
     "The state that a run goes on from, at the end of an epoch or within one; all processes call it"
     state = {"format": 2, "history": run.history, "config": asdict(run.cfg), "images": digest(run.images)}
     state |= {"source": _source_digest(run)} | {n: p.state_dict() for n, p in run.parts().items()}
+    if run.frozen is not None:
+        state["frozen"] = run.frozen
     if within is not None:
         mine = _random_states(run.step.device)
         everyone = [run.me.gather(s).split(len(s)) for s in mine]
@@ -397,14 +453,14 @@ def _warn_room(run, run_dir):
             f"{run_dir} has {free:.2g} GB free, the run will need up to {need:.2g} GB: make room", stacklevel=3
         )
 
-# %% ../nbs/04_train.ipynb #dedccf80
+# %% ../nbs/04_train.ipynb #4ec2f277
 def train(
     backbone: nn.Module,  # (B, 3, H, W) to (B, d) unit rows, with .size; trained in place, on its device
     table: pd.DataFrame,  # data set; rows of split `train` are used, their pid only if the settings say so
     run_dir: str | Path,  # run folder, made if needed
     cfg: TrainConfig | None = None,  # None = the defaults
     clusterer: Callable | None = None,  # features -> labels; None = the one the settings name
-    refiners: Sequence[Callable] = (),  # see `pseudo_labels`
+    refiners: Sequence[Callable] | None = None,  # see `pseudo_labels`; None = those the settings name
     on_epoch: Callable[[EpochResult], dict | None] | None = None,  # called after every epoch; may return scores
     resume: bool | str | Path = False,  # True: go on from the folder's last.pt if there is one; a path: from that file
     source: pd.DataFrame | None = None,  # labelled data set trained beside (SpCL's domain adaptation)
@@ -417,6 +473,7 @@ def train(
     state = me.from_main(lambda: open_run(run_dir, cfg, run.images, resume))
     if state:
         _restore(run, state)
+    _keep_start(run, run_dir)
     if cfg.cache:
         folder = cfg.cache_dir or run_dir.parent / "decoded"
         with me.one_per_machine():
