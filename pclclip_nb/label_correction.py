@@ -10,6 +10,7 @@ __all__ = ['neighbour_graph', 'EdgeNet', 'graph_inputs', 'focal_loss', 'subgraph
 import math
 import warnings
 from collections.abc import Iterator
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from tqdm.auto import tqdm
 from .clip_backbone import autocast_dtype
 from .clustering import knn, relabel
 from .graph_clustering import similarity_links
-from .neighbours import compiled, row_blocks, unit_rows
+from .loading import ahead
+from .neighbours import compiled, in_blocks, row_blocks, unit_rows
 from .stages import stage
 
 # %% ../nbs/02c_label_correction.ipynb #836a42de
@@ -59,6 +61,15 @@ def _pull(p, q, c, g, u, v, order, grad, dc):
             dc[j] += turn * t
 
 
+def _pull_all(p, q, c, g, u, v):
+    "Gradients of p and c on all cores: a thread has rows of p to itself"
+    order, blocks = np.argsort(u), row_blocks(len(p), 1024)
+    cuts = np.searchsorted(u, [0, *(b.stop for b in blocks)], sorter=order)
+    dp, dc = np.zeros_like(p), np.zeros((len(blocks), len(c)), np.float32)
+    in_blocks(lambda i: _pull(p, q, c, g, u, v, order[cuts[i] : cuts[i + 1]], dp, dc[i]), range(len(blocks)))
+    return dp, dc.sum(0)
+
+
 class _PairSums(torch.autograd.Function):
     "The same as `_pair_sums`, on a CPU"
 
@@ -66,15 +77,14 @@ class _PairSums(torch.autograd.Function):
     def forward(ctx, p, q, c, u, v):
         ctx.arrays = [a.detach().float().contiguous().numpy() for a in (p, q, c)] + [u.numpy(), v.numpy()]
         ctx.types, out = (p.dtype, q.dtype), torch.empty(len(u))
-        _sum_pairs(*ctx.arrays, out.numpy())
+        p, q, c, u, v = ctx.arrays
+        in_blocks(lambda b: _sum_pairs(p, q, c, u[b], v[b], out.numpy()[b]), row_blocks(len(u), 8192))
         return out
 
     @staticmethod
     def backward(ctx, g):
         (p, q, c, u, v), g = ctx.arrays, g.contiguous().numpy()
-        dp, dq, dc, twice = (np.zeros_like(a) for a in (p, q, c, c))
-        _pull(p, q, c, g, u, v, np.argsort(u), dp, dc)
-        _pull(q, p, c, g, v, u, np.argsort(v), dq, twice)
+        (dp, dc), (dq, _) = _pull_all(p, q, c, g, u, v), _pull_all(q, p, c, g, v, u)
         dp, dq, dc = map(torch.from_numpy, (dp, dq, dc))
         return dp.to(ctx.types[0]), dq.to(ctx.types[1]), dc, None, None
 
@@ -192,8 +202,8 @@ def _edges(part, labels, size, rng):
 
 def _batches(x, labels, k, size, per_part, seed, device):
     "Without end: inputs of a part, and edges of it"
-    rng = np.random.default_rng([seed, 1])
-    for rows, part in subgraphs(x, labels, k, seed=seed):
+    rng, parts = np.random.default_rng([seed, 1]), subgraphs(x, labels, k, seed=seed)
+    for rows, part in ahead(next, repeat((parts,)), depth=1):
         z, edges = graph_inputs(x[rows], part, device), _edges(part, labels[rows], size, rng)
         for _ in range(per_part):
             yield z, *(a.to(device) for a in next(edges))
