@@ -7,7 +7,7 @@ __all__ = ['RESULTS', 'settings_label', 'compare_runs', 'plot_runs']
 
 # %% ../nbs/05c_compare_runs.ipynb #eab94da8
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
@@ -64,8 +64,6 @@ def _read_table(path):
 
 def _read_settings(folder):
     "Settings by name, and what tells the training images"
-    from dataclasses import asdict
-
     from pclclip_nb.run_folder import digest  # these two bring torch
     from pclclip_nb.settings import TrainConfig
 

@@ -37,7 +37,7 @@ def _ahead(ranking, ranked):
     "(Q, k) whether an image stands ahead of the first right answer; nothing for skipped queries"
     return (np.arange(ranked.shape[1]) < ranking.first[:, None] - 1) & (ranked >= 0)
 
-
+# %% ../nbs/05d_errors.ipynb #8afd9039
 def worst_queries(
     ranking: Ranking,  # from `pclclip_nb.eval_viz.evaluate`
     query: pd.DataFrame,  # (Q rows) columns pid, camid; its index is reported as row
@@ -59,7 +59,7 @@ def worst_queries(
     table["top_is"] = np.where(table.top_pid == table.pid, "right", "another person")
     return table.set_index(worst).rename_axis("query")
 
-# %% ../nbs/05d_errors.ipynb #fe5d56ef
+# %% ../nbs/05d_errors.ipynb #988761a4
 def _strip_rows(ranked, Q):
     "Gallery positions as rows of query and gallery together"
     return np.where(ranked >= 0, ranked + Q, -1)
@@ -82,7 +82,7 @@ def show_worst(
     fig.tight_layout(pad=0.3, w_pad=0.4)
     return fig
 
-# %% ../nbs/05d_errors.ipynb #c671c5b8
+# %% ../nbs/05d_errors.ipynb #622703c2
 def confused_persons(
     ranking: Ranking,  # from `pclclip_nb.eval_viz.evaluate`
     query: pd.DataFrame,  # (Q rows) columns pid, camid
@@ -107,7 +107,7 @@ def confused_persons(
     pairs.insert(6, "share", pairs.mistakes / pairs.queries)
     return pairs.sort_values(["mistakes", "share"], ascending=False, kind="stable", ignore_index=True)[:n]
 
-# %% ../nbs/05d_errors.ipynb #79250100
+# %% ../nbs/05d_errors.ipynb #5d0f7302
 def _some(gallery, pid, k, but=-1, camid=-1):
     "k positions of a person, each camera once before any twice; -1 where there are no more; not `but`, not `camid`"
     at = np.flatnonzero((gallery.pid == pid) & ((gallery.camid != camid) | (camid < 0)))

@@ -48,10 +48,10 @@ def over_seeds(
         rows[label] = {c: group[c].iloc[0] for c in columns}
         rows[label] |= {"runs": len(ended), "unfinished": len(group) - len(ended)}
         names = [c for c in RESULTS[2:] if c in table]
-        rows[label] |= {c: _spread(ended[c], 2 if c in ("ARI", "F") else 1) for c in names}
+        rows[label] |= {c: _spread(ended[c], 2 if c in ("ARI", "F") or c.startswith("s ") else 1) for c in names}
     return pd.DataFrame(rows).T.rename_axis("experiment")
 
-# %% ../nbs/05c_seeds.ipynb #ef2fdd48
+# %% ../nbs/05c_seeds.ipynb #b6293c36
 def _verdict(gain):
     "What a gain per seed is called"
     if len(gain) < 3:
@@ -59,7 +59,7 @@ def _verdict(gain):
     sure = abs(np.sign(gain).sum()) == len(gain) and abs(gain.mean()) > 2 * gain.std(ddof=1) / len(gain) ** 0.5
     return ("better" if gain.mean() > 0 else "worse") if sure else "equal"
 
-# %% ../nbs/05c_seeds.ipynb #c23dc69b
+# %% ../nbs/05c_seeds.ipynb #df2129f2
 def seed_gains(
     table: pd.DataFrame,  # from `compare_runs`
     than: str,  # the experiment to compare with, as `over_seeds` names it
