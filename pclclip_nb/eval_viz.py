@@ -73,11 +73,11 @@ def _check_ids(q_pids, g_pids, q_camids, g_camids, Q, G):
 @compiled
 def _place(dist, p):
     "Rank of entry p, from 1; of equal distances the earlier position comes first"
-    before, own = np.int32(1), dist[p]
-    for g in range(p):
-        before = np.int32(before + np.int32(dist[g] <= own))
-    for g in range(p + 1, dist.shape[0]):
-        before = np.int32(before + np.int32(dist[g] < own))
+    own, low, high, before = dist[p], dist[:p], dist[p + 1 :], np.int32(1)
+    for g in range(low.shape[0]):  # over slices, as then numba compares many at once
+        before = np.int32(before + np.int32(low[g] <= own))
+    for g in range(high.shape[0]):
+        before = np.int32(before + np.int32(high[g] < own))
     return before
 
 
