@@ -80,10 +80,10 @@ def query_gallery_features(
     return extract_features(backbone, loader, precision, progress).split([len(t) for t in both])
 
 
-def _rank(table, qf, gf):
+def _rank(table, qf, gf, rerank=False):
     "Evaluation of features against the table's ids"
     q, g = _split(table, "query"), _split(table, "gallery")
-    return evaluate(qf, gf, *(t[c].to_numpy() for c in ("pid", "camid") for t in (q, g)))
+    return evaluate(qf, gf, *(t[c].to_numpy() for c in ("pid", "camid") for t in (q, g)), rerank=rerank)
 
 
 def _scores(ranking):
@@ -126,7 +126,23 @@ def test_main(
     parser.add_argument(
         "--logs-dir", default=None, help="folder for scores.json, cmc.png and strips.png (default: none are written)"
     )
+    _add_rerank(parser)
     _run(parser, argv, _test)
+
+
+def _add_rerank(parser):
+    add = parser.add_argument
+    add("--rerank", action="store_true", help="score k-reciprocal re-ranking as well, beside the plain distances")
+    add("--k1", type=int, default=20, help="of --rerank: neighbours that vote (default: 20)")
+    add("--k2", type=int, default=6, help="of --rerank: rows averaged, 1 = none (default: 6)")
+    add(
+        "--lambda",
+        type=float,
+        default=0.3,
+        dest="lambda_value",
+        metavar="LAMBDA",
+        help="of --rerank: share of the plain distance (default: 0.3)",
+    )
 
 
 def _test(args):
@@ -141,14 +157,19 @@ def _test(args):
         print(report)
     backbone.to(args.device)
     qf, gf = query_gallery_features(backbone, table, args.workers, progress=True)
-    ranking = _rank(table, qf, gf)
-    _report_test(ranking, Path(args.resume).name)
+    file = Path(args.resume)
+    rankings = {file.stem: _rank(table, qf, gf)}
+    _report_test(rankings[file.stem], file.name)
+    if args.rerank:
+        rerank = dict(k1=args.k1, k2=args.k2, lambda_value=args.lambda_value)
+        rankings[f"{file.stem} re-ranked"] = _rank(table, qf, gf, rerank)
+        _report_test(rankings[f"{file.stem} re-ranked"], f"{file.name} re-ranked")
     if args.logs_dir:
-        _test_figures(table, qf, gf, {Path(args.resume).stem: ranking}, Path(args.logs_dir))
+        _test_figures(table, qf, gf, rankings, file.stem, Path(args.logs_dir))
 
 # %% ../nbs/07_cli.ipynb #69b9224a
-def _test_figures(table, qf, gf, rankings, folder):
-    "scores.json, cmc.png and strips.png of a test; strips of queries spread from well to badly ranked"
+def _test_figures(table, qf, gf, rankings, shown, folder):
+    "scores.json and cmc.png of all rankings; strips.png of the one `shown`, which is of qf and gf: queries spread from well to badly ranked"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.json").write_text(json.dumps({name: _scores(r) for name, r in rankings.items()}, indent=1))
     ax = None
@@ -156,7 +177,7 @@ def _test_figures(table, qf, gf, rankings, folder):
         ax = plot_cmc(r, ax, name)
     ax.figure.savefig(folder / "cmc.png", dpi=100, bbox_inches="tight")
     q, g = _split(table, "query"), _split(table, "gallery")
-    ap = list(rankings.values())[-1].ap
+    ap = rankings[shown].ap
     valid = np.flatnonzero(~np.isnan(ap))
     rows = valid[ap[valid].argsort()[::-1]][np.linspace(0, len(valid) - 1, min(6, len(valid))).round().astype(int)]
     ids = (q.pid[rows], g.pid, q.camid[rows], g.camid)
@@ -354,7 +375,8 @@ def _demo(args):
     qf, gf = query_gallery_features(backbone, table, cfg.workers, cfg.feature_precision)
     after = _rank(table, qf, gf)
     colour = _rank(table, *(histogram_features(_split(table, s).path) for s in ("query", "gallery")))
-    _test_figures(table, qf, gf, {"colour histogram": colour, "before": before, "after": after}, run_dir / "figures")
+    rankings = {"colour histogram": colour, "before": before, "after": after}
+    _test_figures(table, qf, gf, rankings, "after", run_dir / "figures")
     _run_figures(run_dir)
     _demo_report(run_dir, history, colour, before, after)
 
