@@ -329,7 +329,7 @@ function mount(root, data, host) {
     images.replaceChildren();
     if (!rows.length) { head.textContent = "Click a dot, draw a lasso, or choose from a list: the images appear here."; return; }
     element("b", "", head, nameOf(rows));
-    element("span", "", head, ` ${describe(rows)}`);
+    element("span", "", head, describe(rows));
     const close = element("button", "clear", head, "×");
     close.title = "select nothing (esc)";
     on(close, "click", () => select([]));
@@ -559,7 +559,12 @@ function render({ model: remote, el }) {
 // Home 2: a page. Arrays and sheets of thumbnails are base64 in <script type="text/plain"> elements.
 function openPage(root) {
   const text = (id) => document.getElementById(id).textContent;
-  const bytes = (id) => Uint8Array.from(atob(text(id)), (c) => c.charCodeAt(0));
+  const bytes = (id) => {
+    if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text(id));
+    const binary = atob(text(id)), out = new Uint8Array(binary.length);
+    for (let i = 0; i < out.length; i++) out[i] = binary.charCodeAt(i);
+    return out;
+  };
   const meta = JSON.parse(text("pclx-meta"));
   const data = unpack(meta, meta.packed.map(({ name }) => bytes("pclx-" + name).buffer)), sheets = new Map();
   const url = (s) => {

@@ -67,7 +67,7 @@ def split_identities(
     table = table[table.missed_pairs > 0].sort_values("missed_pairs", ascending=False, kind="stable")
     return table.reset_index()[["pid", "images", "clusters", "outliers", "missed_pairs"]]
 
-# %% ../nbs/05b_explorer.ipynb #07d6066a
+# %% ../nbs/05b_explorer.ipynb #8e7919bd
 def changed_clusters(
     before,  # (N,) pseudo labels of an epoch, -1 = outlier, numbered as by `match_clusters`
     after,  # (N,) those of a later epoch
@@ -79,8 +79,8 @@ def changed_clusters(
     count = [np.bincount(x[(x >= 0) & keep], minlength=C) for x, keep in ((after, True), (after, moved), (before, moved))]
     table = pd.DataFrame(dict(zip(("images", "joined", "left"), count, strict=True))).rename_axis("cluster")
     changed = table.joined + table.left
-    order = changed.sort_values(ascending=False, kind="stable").index
-    return table.loc[order][(table.images > 0) & (changed > 0)].reset_index()
+    order = changed[(table.images > 0) & (changed > 0)].sort_values(ascending=False, kind="stable").index
+    return table.loc[order].reset_index()
 
 
 def outlier_rows(
@@ -92,7 +92,7 @@ def outlier_rows(
     table = pd.DataFrame({"row": np.flatnonzero(out[0]), "epochs": epochs[out[0]]})
     return table.sort_values("epochs", ascending=False, kind="stable", ignore_index=True)
 
-# %% ../nbs/05b_explorer.ipynb #1fbbaef7
+# %% ../nbs/05b_explorer.ipynb #e3a4f7c0
 _TOP = 100  # entries of a list
 
 
@@ -121,7 +121,7 @@ def _note(run):
     "What is drawn, in words"
     n, N = len(run.rows), len(run.images)
     drawn = f"All {N:,} images are drawn." if n == N else f"{n:,} of {N:,} images are drawn, those whose features the run kept (keep_features); lists, counts and images are of all."
-    return f"{drawn} Clusters keep their number and colour from epoch to epoch as long as most of their images stay."
+    return f"{drawn} Clusters keep their number and colour from epoch to epoch as long as most of their images stay; small dots are outliers."
 
 # %% ../nbs/05b_explorer.ipynb #0ee31ec8
 _BLIND = "No true identity is known, so nobody can say what is mixed or split: see the changed clusters."
