@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from pclclip_nb.explorer import explorer_data, image_paths, thumbnail_sheets, tile_size, write_explorer
+from pclclip_nb.explorer import explorer_data, write_explorer
 from pclclip_nb.run_viz import match_clusters, read_run, run_layouts, spread_colours
+from pclclip_nb.thumbnails import image_paths, thumbnail_sheets, tile_size
 
 
 def make_run(folder, N, E, d, per_id, seed=0):
@@ -64,7 +65,7 @@ def main():
         timed("layouts, kept", run_layouts, run)
         timed(f"colours of {max(y.max() for y in numbers) + 1} numbers", spread_colours, numbers, layouts[-1])
         timed("what the picture needs", explorer_data, run, layouts)
-        paths = image_paths(run)
+        paths = image_paths(run.images, folder)
         timed("thumbnails", thumbnail_sheets, paths, run.rows, tile_size(paths))
         page = timed("the page, all in all", write_explorer, run, args.out or folder / "explorer.html")
         print(f"{'its weight':32s}{page.stat().st_size / 1e6:8.2f} MB")
