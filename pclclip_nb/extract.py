@@ -169,7 +169,7 @@ def _extract_part(backbone, paths, rows, batch_size, precision, pool, skip_bad):
         failed = [isinstance(x, ValueError) for x in tried]
         if any(failed) and not skip_bad:
             raise tried[failed.index(True)]
-        bad.extend(r for r, no in zip(batch, failed) if no)
+        bad.extend(int(r) for r, no in zip(batch, failed) if no)
         pixels = [x for x, no in zip(tried, failed) if not no]
         kept = torch.tensor([r for r, no in zip(batch, failed) if not no])
         return (augment(np.stack(pixels), np.arange(len(pixels))), kept) if pixels else None

@@ -46,7 +46,7 @@ def _digest(features, block=16384):
     return sha.hexdigest()
 
 # %% ../nbs/06e_search.ipynb #eb74c74b
-_HNSW = dict(links=32, efConstruction=200, efSearch=128)  # recall above 0.95 on features of a re-ID network
+_HNSW = dict(links=32, efConstruction=200, efSearch=128)
 
 
 def _build(features, kind, block=16384):
@@ -121,7 +121,7 @@ def _same_file(query, path, cosine):
     except OSError:
         return False
 
-# %% ../nbs/06e_search.ipynb #5d4c958c
+# %% ../nbs/06e_search.ipynb #44493ecd
 def _rank(index, features, paths, images, topk, keep_same):
     "Per query: rows, cosines and same-file marks of its answers"
     gallery, k = images.path.to_numpy(), topk + 4
@@ -148,7 +148,7 @@ def _query_features(gallery, table, backbone, workers, progress):
     loader = test_loader(Files(table, backbone.size), 64, gallery.note["norm"], workers, device)
     return extract_features(backbone, loader, gallery.note["precision"], progress)
 
-# %% ../nbs/06e_search.ipynb #c39dc1ad
+# %% ../nbs/06e_search.ipynb #aa8693e9
 def search(
     gallery: str | Path | Gallery,  # folder of a gallery, or an open one
     queries: str | Path | list | pd.DataFrame,  # image, folder, list: what `pclclip_nb.extract.image_list` takes
@@ -174,7 +174,7 @@ def search(
         blocks.append(block.assign(query=table.path[q], query_pid=table.pid[q]))
     return _tidy(pd.concat(blocks, ignore_index=True))
 
-# %% ../nbs/06e_search.ipynb #e8342195
+# %% ../nbs/06e_search.ipynb #c06563a2
 _COLUMNS = ["query", "rank", "path", "similarity", "pid", "camid", "query_pid", "same_file"]
 
 
@@ -184,7 +184,7 @@ def _tidy(found):
     ids = {c: found[c].where(found[c] >= 0).astype("Int64") for c in ("pid", "camid", "query_pid")}
     return found.assign(**ids, same_file=found.same_file.fillna(False).astype(bool))
 
-# %% ../nbs/06e_search.ipynb #b412e77d
+# %% ../nbs/06e_search.ipynb #57ef82a3
 def _colour(row):
     "Green and red where both identities are known"
     if pd.isna(row.pid) or pd.isna(row.query_pid):
@@ -214,7 +214,7 @@ def show_results(
     fig.tight_layout(pad=0.3, w_pad=0.3)
     return fig
 
-# %% ../nbs/06e_search.ipynb #ce9bf55a
+# %% ../nbs/06e_search.ipynb #c727df8d
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>
@@ -251,7 +251,7 @@ def _figure(picture, path, words, colour="#333", kind="answer"):
     caption = f"<figcaption><b>{words}</b><span>{name}</span></figcaption>"
     return f'<figure class="{kind}" title="{html.escape(str(path))}">{picture}{caption}</figure>'
 
-# %% ../nbs/06e_search.ipynb #44a3b19b
+# %% ../nbs/06e_search.ipynb #0f9f4524
 def result_sheet(
     found: pd.DataFrame,  # from `search`
     path: str | Path,  # .html file to write
