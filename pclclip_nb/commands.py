@@ -115,13 +115,16 @@ def search_main(
     add("--pattern", help="queries in folders: as of pclclip_extract")
     add("--out", default="found", help="writes OUT.csv and OUT.html (default: found)")
     add("-j", "--workers", type=int, default=4, help="threads that read images (default: 4)")
+    add("--device", default="cpu", help="cuda or cpu, for the queries (default: cpu)")
     _own(parser, argv, _search)
 
 
 def _search(args):
     queries = pd.concat([image_list(q, args.pattern) for q in args.queries], ignore_index=True)
     given = (args.topk, args.threshold, args.keep_same, args.index)
-    found = search(args.gallery, queries, *given, workers=args.workers, progress=True)
+    gallery = open_gallery(args.gallery)
+    backbone = open_weights(gallery.folder / "weights.safetensors").to(args.device)
+    found = search(gallery, queries, *given, backbone, args.workers, progress=True)
     csv, sheet = (Path(f"{args.out}.{ext}") for ext in ("csv", "html"))
     csv.parent.mkdir(parents=True, exist_ok=True)
     write_whole(csv, lambda p: found.to_csv(p, index=False))
