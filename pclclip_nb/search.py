@@ -245,10 +245,10 @@ def _thumbnail(path, height):
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def _figure(picture, path, words, colour="#333", kind="answer"):
+def _figure(picture, path, words, detail="", colour="#333", kind="answer"):
     name = html.escape(Path(path).name)
     picture = picture.replace(" ", f' style="border-color: {colour}" ', 1)
-    caption = f"<figcaption><b>{words}</b><span>{name}</span></figcaption>"
+    caption = f"<figcaption><b>{words}</b><span>{detail}</span><span>{name}</span></figcaption>"
     return f'<figure class="{kind}" title="{html.escape(str(path))}">{picture}{caption}</figure>'
 
 # %% ../nbs/06e_search.ipynb #0f9f4524
@@ -265,8 +265,9 @@ def result_sheet(
     for query, answers in groups[:most]:
         row = [_figure(thumbnail(query), query, "query", kind="query")]
         for r in answers[answers["rank"] > 0].itertuples():
-            words = [f"{r.similarity:.3f}", "" if pd.isna(r.camid) else f"cam {r.camid}", "same file" * r.same_file]
-            row.append(_figure(thumbnail(r.path), r.path, " · ".join(w for w in words if w), _colour(r)))
+            detail = ["" if pd.isna(r.camid) else f"camera {r.camid}", "same file" * r.same_file]
+            detail = ", ".join(w for w in detail if w)
+            row.append(_figure(thumbnail(r.path), r.path, f"{r.similarity:.3f}", detail, _colour(r)))
         rows.append(f"<section>{''.join(row)}{'' if len(row) > 1 else '<p>nothing is similar enough</p>'}</section>")
     summary = f"{len(groups)} queries" + (f", the first {most} are shown" if len(groups) > most else "")
     page = _PAGE.format(
