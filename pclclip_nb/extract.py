@@ -79,8 +79,9 @@ def open_weights(
 def fingerprint(
     backbone: nn.Module,  # on any device
 ) -> str:  # 16 hex digits
-    "Changes with every weight and statistic of a network, and with their names"
-    sha = hashlib.sha256()
+    "Changes with every weight and statistic of a network, its input size, normalisation and options"
+    told = [list(backbone.size), getattr(backbone, "norm", "imagenet"), getattr(backbone, "options", {})]
+    sha = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for name, value in sorted(backbone.state_dict().items()):
         array = value.detach().cpu().contiguous()
         sha.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
@@ -93,7 +94,8 @@ def _asked(backbone, precision, chunk):
     dtype = autocast_dtype(precision, next(backbone.parameters()).device)
     words = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}
     asked = {"model": getattr(backbone, "name", ""), "size": list(backbone.size)}
-    asked |= {"norm": getattr(backbone, "norm", "imagenet"), "weights": fingerprint(backbone)}
+    asked |= {"norm": getattr(backbone, "norm", "imagenet"), "options": getattr(backbone, "options", {})}
+    asked["weights"] = fingerprint(backbone)
     return asked | {"precision": words[dtype], "chunk": chunk}
 
 # %% ../nbs/06d_extract.ipynb #84fa5c28
@@ -160,12 +162,13 @@ def _try(path, size):
         return error
 
 
-def _extract_part(backbone, paths, rows, batch_size, precision, pool, skip_bad):
+def _extract_part(backbone, paths, rows, batch_size, precision, pool, skip_bad, tick=lambda n: None):
     "Features of the readable rows, these rows, the rows left out"
     augment, bad = Augment(getattr(backbone, "norm", "imagenet")), []
 
     def make(batch):
         tried = list(pool.map(lambda r: _try(paths[r], backbone.size), batch))
+        tick(len(batch))
         failed = [isinstance(x, ValueError) for x in tried]
         if any(failed) and not skip_bad:
             raise tried[failed.index(True)]
@@ -258,7 +261,7 @@ def extract(
     batch_size: int = 64,  # images at a time; another one changes the last digits
     precision: str = "fp32",  # see `pclclip_nb.clip_backbone.autocast_dtype`
     workers: int = 4,  # threads that read images
-    chunk: int = 4096,  # c, images in a part: what a kill can cost
+    chunk: int = 1024,  # c, images in a part: what a kill can cost
     progress: bool = False,  # show a bar
 ) -> Gallery:  # features, images, skipped
     "Features of a list of images; goes on where an earlier call was killed. Raises ValueError for bad images, and for a folder of others."
@@ -295,7 +298,9 @@ def _make_parts(backbone, listed, folder, note, skip_bad, batch_size, workers, p
         for start, part in zip(starts, parts):
             rows = np.arange(start, min(start + chunk, len(paths)))
             if not part.is_file():
-                found = _extract_part(backbone, paths, rows, batch_size, note["precision"], pool, skip_bad)
-                save_arrays(part, features=found[0], rows=found[1], bad=np.array(found[2], np.int64))
-            bar.update(len(rows))
+                given = (batch_size, note["precision"], pool, skip_bad, bar.update)
+                features, kept, bad = _extract_part(backbone, paths, rows, *given)
+                save_arrays(part, features=features, rows=kept, bad=np.array(bad, np.int64))
+            else:
+                bar.update(len(rows))
     _finish(folder, parts, listed, note)

@@ -139,6 +139,8 @@ def _rank(index, features, paths, images, topk, keep_same):
 def _query_features(gallery, table, backbone, workers, progress):
     "(Q, d) features by the gallery's own network"
     if backbone is None:
+        if not gallery.note["model"]:
+            raise ValueError(f"the network of {gallery.folder} has no name to build it by: pass it as backbone")
         backbone = open_weights(gallery.folder / "weights.safetensors")
     elif (mine := fingerprint(backbone)) != gallery.note["weights"]:
         raise ValueError(
