@@ -84,7 +84,7 @@ def extract_main(
     add("-b", "--batch-size", type=int, default=64, help="images at a time (default: 64)")
     add("-j", "--workers", type=int, default=4, help="threads that read images (default: 4)")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="fp32", help="of the network (default: fp32)")
-    add("--chunk", type=int, default=4096, help="images in a part: what a kill can cost (default: 4096)")
+    add("--chunk", type=int, default=1024, help="images in a part: what a kill can cost (default: 1024)")
     _add_network(parser)
     _own(parser, argv, partial(_extract, parser))
 

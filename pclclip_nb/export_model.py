@@ -35,7 +35,7 @@ class BytesIn(nn.Module):
     ):
         super().__init__()
         self.backbone = backbone
-        for name, values in zip(("mean", "std"), NORMS[backbone.norm]):
+        for name, values in zip(("mean", "std"), NORMS[getattr(backbone, "norm", "imagenet")]):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1))
 
     def forward(
@@ -55,6 +55,10 @@ def _need_onnx():
     except ImportError as error:
         raise ImportError(f"ONNX needs {error.name}: pip install onnx onnxscript onnxruntime") from error
     return onnxruntime
+
+
+def _norm(backbone):
+    return getattr(backbone, "norm", "imagenet")
 
 
 def _bytes_of(n, size, seed=0):
@@ -78,7 +82,7 @@ def verify_onnx(
     backbone.eval()
     for n in batches:
         pixels = _bytes_of(n, backbone.size)
-        images = Augment(backbone.norm)(pixels.transpose(0, 3, 1, 2), np.arange(n))
+        images = Augment(_norm(backbone))(pixels.transpose(0, 3, 1, 2), np.arange(n))
         try:
             got = session.run(None, {"images": pixels if takes_bytes else images.numpy()})[0]
         except Exception as error:
@@ -145,9 +149,14 @@ def export_onnx(
 # %% ../nbs/06f_export.ipynb #3d5e77f8
 def _metadata(backbone, preprocess):
     "What a user of the file must know, as strings"
-    mean, std = NORMS[backbone.norm]
+    mean, std = NORMS[_norm(backbone)]
     takes = "(B, H, W, 3) uint8 RGB" if preprocess else "(B, 3, H, W) float32 RGB: (byte / 255 - mean) / std"
-    facts = {"model": getattr(backbone, "name", ""), "size": list(backbone.size), "input": takes, "norm": backbone.norm}
+    facts = {
+        "model": getattr(backbone, "name", ""),
+        "size": list(backbone.size),
+        "input": takes,
+        "norm": _norm(backbone),
+    }
     facts |= {"mean": list(mean), "std": list(std), "resize": "bicubic, antialiased, to size, whatever the aspect"}
     facts |= {"d": backbone.d, "weights": fingerprint(backbone)}
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
