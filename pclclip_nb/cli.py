@@ -23,6 +23,7 @@ from .camera_stage import train_cameras
 from .clip_backbone import extract_features
 from .data import SPECS, check_protocol, read_dataset
 from .eval_viz import evaluate, plot_cmc, rank_gallery, show_strips
+from .explorer import write_explorer
 from pclclip_nb.flags import (
     Parser,
     add_backbone,
@@ -37,7 +38,7 @@ from pclclip_nb.flags import (
 from .loading import Files, test_loader
 from .processes import processes
 from .recipes import compare_to_log, on_track, recipe_table
-from .run_viz import aligned_umap, epoch_caption, plot_epochs, plot_history, read_run
+from .run_viz import epoch_caption, plot_epochs, plot_history, read_run, run_layouts
 from .settings import TrainConfig
 from .synthetic import make_synthetic_reid
 from .tiny_clip import tiny_backbone
@@ -382,14 +383,15 @@ def _demo(args):
 
 
 def _run_figures(run_dir):
-    "clusters.png and history.png of a run"
+    "clusters.png, history.png and explorer.html of a run"
     run = read_run(run_dir)
     pids = run.images.pid.to_numpy()
     labels, captions = [y[run.rows] for y in run.labels], [epoch_caption(y, pids) for y in run.labels]
-    fig = plot_epochs(aligned_umap(run.features), labels, pids[run.rows], run.epochs, captions)
+    fig = plot_epochs(run_layouts(run), labels, pids[run.rows], run.epochs, captions)
     fig.savefig(run_dir / "figures" / "clusters.png", dpi=110, bbox_inches="tight")
     plot_history(run.history, len(set(pids))).savefig(run_dir / "figures" / "history.png", dpi=100, bbox_inches="tight")
     plt.close("all")
+    write_explorer(run, run_dir / "figures" / "explorer.html")
 
 
 def _demo_report(run_dir, history, colour, before, after):
@@ -404,6 +406,6 @@ def _demo_report(run_dir, history, colour, before, after):
     lines += [
         f"clusters          {int(first.clusters)} -> {int(last.clusters)} for {n_ids} identities, ARI {first.ari:.2f} -> {last.ari:.2f}, outliers {int(first.outliers)} -> {int(last.outliers)}"
     ]
-    lines += [f"figures           {run_dir / 'figures'}: clusters, history, cmc, strips"]
+    lines += [f"figures           {run_dir / 'figures'}: explorer.html, clusters, history, cmc, strips"]
     (run_dir / "report.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
