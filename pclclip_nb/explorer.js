@@ -186,6 +186,7 @@ function mount(root, data, host) {
   const run = model(data), state = { epoch: 0, colour: "cluster", selected: [], ...host.state };
   const stop = new AbortController(), on = (el, type, f, more) => el.addEventListener(type, f, { signal: stop.signal, ...more });
   let t = state.epoch, from = t, began = 0, playing = 0, frame = 0, tab = data.lists[0], limit = PAGE, mark = new Uint8Array(run.N);
+  root.replaceChildren();
   root.classList.add("pclx");
   root.tabIndex = 0;
   root.dataset.lmSuppressShortcuts = "true"; // arrow keys are ours, not JupyterLab's
@@ -329,7 +330,7 @@ function mount(root, data, host) {
     images.replaceChildren();
     if (!rows.length) { head.textContent = "Click a dot, draw a lasso, or choose from a list: the images appear here."; return; }
     element("b", "", head, nameOf(rows));
-    element("span", "", head, ` ${describe(rows)}`);
+    element("span", "", head, describe(rows));
     const close = element("button", "clear", head, "×");
     close.title = "select nothing (esc)";
     on(close, "click", () => select([]));
@@ -464,7 +465,12 @@ function mount(root, data, host) {
   on(canvas, "pointercancel", () => { [drag, picture.lasso] = [null, null]; paint(); });
   on(canvas, "pointerleave", () => { if (!drag) hoverAt(-1); });
   on(canvas, "dblclick", () => { picture.zoomAt(0, 0, 0); paint(); });
-  on(canvas, "wheel", (ev) => { ev.preventDefault(); picture.zoomAt(Math.exp(-ev.deltaY / 500), ...at(ev)); paint(); }, { passive: false });
+  on(canvas, "wheel", (ev) => { // in a notebook the wheel scrolls until the explorer was clicked
+    if (!host.keys && !ev.ctrlKey && !root.contains(document.activeElement)) return;
+    ev.preventDefault();
+    picture.zoomAt(Math.exp(-ev.deltaY / 500), ...at(ev));
+    paint();
+  }, { passive: false });
   on(slider, "input", () => { setPlaying(false); goTo(+slider.value); });
   on(colour, "change", () => { state.colour = colour.value; host.changed(state); showAll(); });
   on(play, "click", () => setPlaying(!playing));
@@ -513,6 +519,7 @@ function missing(el, name) { el.classList.add("pclx-missing"); el.textContent = 
 
 // Home 1: Jupyter. Python answers {type: "ready"} with the data and {type: "thumbs", rows} with JPEG files, empty if unreadable.
 function render({ model: remote, el }) {
+  el.classList.add("pclx-home");
   const root = element("div", "", el), urls = new Map(), waiting = new Map();
   let view = null, asked = null, meta = null;
   const ask = () => { asked = null; remote.send({ type: "thumbs", rows: [...waiting.keys()].filter((r) => !urls.has(r)) }); };
@@ -559,7 +566,12 @@ function render({ model: remote, el }) {
 // Home 2: a page. Arrays and sheets of thumbnails are base64 in <script type="text/plain"> elements.
 function openPage(root) {
   const text = (id) => document.getElementById(id).textContent;
-  const bytes = (id) => Uint8Array.from(atob(text(id)), (c) => c.charCodeAt(0));
+  const bytes = (id) => {
+    if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text(id));
+    const binary = atob(text(id)), out = new Uint8Array(binary.length);
+    for (let i = 0; i < out.length; i++) out[i] = binary.charCodeAt(i);
+    return out;
+  };
   const meta = JSON.parse(text("pclx-meta"));
   const data = unpack(meta, meta.packed.map(({ name }) => bytes("pclx-" + name).buffer)), sheets = new Map();
   const url = (s) => {
