@@ -24,7 +24,7 @@ from .train import train
 
 # %% ../nbs/04c_camera_stage.ipynb #c40e99e4
 def camera_settings(
-    cfg: TrainConfig,
+    cfg: TrainConfig,  # settings of every camera
     n_images: int,  # of the camera
     images_per_cluster: int = 5,  # as many clusters as images divided by this
 ) -> TrainConfig | None:  # None = too few images for two clusters
@@ -51,7 +51,7 @@ def train_cameras(
     table: pd.DataFrame,  # data set; rows of split `train` are used, never their pid
     run_dir: str | Path,  # folder of the runs, made if needed
     cfg: TrainConfig,  # settings of every camera; `n_clusters` follows from its images
-    images_per_cluster: int = 5,
+    images_per_cluster: int = 5,  # see `camera_settings`
     resume: bool = False,  # go on with what the folder holds
     progress: bool = True,  # show bars
 ) -> pd.DataFrame:  # a row per camera: camid, images, clusters, epoch, silhouette; those too small have no clusters

@@ -35,23 +35,23 @@ ATTRIBUTES = dict(
 class Person:
     "One identity: named attributes, and `detail`, four numbers in [-1, 1] that no caption tells (shades and proportions)"
 
-    sex: str
-    build: str
-    skin: int
-    hair: str
-    hair_colour: str
-    hat: str
-    hat_colour: str
-    sleeves: str
-    top: str
-    pattern: str
-    second: str
-    bottom: str
-    bottom_colour: str
-    shoes: str
-    bag: str
-    bag_colour: str
-    detail: tuple = (0.0, 0.0, 0.0, 0.0)
+    sex: str  # this and the next, but for `detail`: one of `ATTRIBUTES`
+    build: str  # slim, average or heavy
+    skin: int  # row of `SKIN`
+    hair: str  # short, long or tied
+    hair_colour: str  # key of `HAIR`
+    hat: str  # none, cap or beanie
+    hat_colour: str  # key of `PALETTE`, as every colour but the hair's
+    sleeves: str  # short or long
+    top: str  # colour of the top
+    pattern: str  # of the top: plain, striped, ...
+    second: str  # the pattern's other colour
+    bottom: str  # trousers, shorts or skirt
+    bottom_colour: str  # its colour
+    shoes: str  # their colour
+    bag: str  # none, backpack, shoulder bag or handbag
+    bag_colour: str  # its colour
+    detail: tuple = (0.0, 0.0, 0.0, 0.0)  # four numbers in [-1, 1]
 
 # %% ../nbs/00a_drawing.ipynb #4640ce72
 def person_world(

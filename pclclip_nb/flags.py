@@ -29,7 +29,11 @@ from .weight_files import flat_state, kind_of, read_checkpoint
 class Parser(argparse.ArgumentParser):
     "An ArgumentParser whose errors are one line"
 
-    def error(self, message):
+    def error(
+        self,
+        message,  # what is wrong with the command line
+    ):
+        "Say it in one line, without the usage, and exit with status 2"
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 # %% ../nbs/06a_flags.ipynb #32cea98f
@@ -62,7 +66,7 @@ def add_settings(
 # %% ../nbs/06a_flags.ipynb #70e5174e
 def settings(
     args: argparse.Namespace,  # with a value for every field
-) -> TrainConfig:
+) -> TrainConfig:  # checked; ValueError names a field out of range
     "The settings that parsed flags ask for"
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
     values |= {name: tuple(v) for name, v in values.items() if isinstance(v, list)}

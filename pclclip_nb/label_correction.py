@@ -137,7 +137,7 @@ class EdgeNet(nn.Module):
 def graph_inputs(
     features,  # (N, d) unit rows
     averaging: csr_array,  # (N, N) from `neighbour_graph`
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu",  # to compute on
 ) -> Tensor:  # (N, 2d) float32 [x, Ax], times the root of d
     "What a pair's two ends look at"
     x = torch.as_tensor(features).detach().to(device, torch.float32) * features.shape[1] ** 0.5
@@ -171,7 +171,7 @@ def subgraphs(
     k: int = 50,  # neighbours linked to, self included
     n_clusters: int = 350,  # clusters in one part; of fewer, all
     share: float = 0.9,  # images taken of each
-    seed: int = 42,
+    seed: int = 42,  # same seed, same parts
 ) -> Iterator[
     tuple[np.ndarray, csr_array]
 ]:  # without end: (n,) rows; (n, n) averaging matrix, its entries are the edges
@@ -217,10 +217,10 @@ def train_edges(
     edges: int = 12_000,  # per step
     per_part: int = 10,  # steps on the same part of the graph
     lr: float = 2e-3,  # of Adam, at its highest
-    seed: int = 42,
-    device: torch.device | str = "cpu",
+    seed: int = 42,  # same seed and input, same network on a CPU
+    device: torch.device | str = "cpu",  # to compute on
     progress: bool = False,  # show a bar
-) -> EdgeNet:
+) -> EdgeNet:  # in evaluation mode
     "A network that learnt from the labels which links join one identity"
     net, dtype = EdgeNet(features.shape[1], seed=seed).to(device), autocast_dtype("auto", torch.device(device))
     optimizer = torch.optim.Adam(net.parameters(), lr, weight_decay=1e-5, fused=True)
@@ -240,7 +240,7 @@ def train_edges(
 
 # %% ../nbs/02c_label_correction.ipynb #c0bd3e64
 def link_scores(
-    net: EdgeNet,
+    net: EdgeNet,  # from `train_edges`
     features: np.ndarray,  # (N, d) unit rows
     links: csr_array,  # (N, N) from `neighbour_graph`
     averaging: csr_array,  # (N, N) from `neighbour_graph`
@@ -297,8 +297,8 @@ def correct_labels(
     camids=None,  # not used; there because every refiner is given them
     k: int = 50,  # neighbours linked to, self included
     steps: int = 400,  # of training; few enough that mistakes are not learnt
-    min_score: float = 0.6,  # see `parse_links`, as is the next
-    min_intimacy: float = 0.6,
+    min_score: float = 0.6,  # a link must score more, see `parse_links`
+    min_intimacy: float = 0.6,  # and be more intimate, see `parse_links`
     min_size: int = 4,  # clusters of so many images or fewer become outliers
     seed: int = 42,  # same seed and input, same labels; the caller's random state is left alone
     device: torch.device | str | None = None,  # to compute on; None = the features'

@@ -40,7 +40,7 @@ def settings_clusterer(
 
 # %% ../nbs/03e_labels.ipynb #01a218a4
 def with_radius(
-    cfg: TrainConfig,
+    cfg: TrainConfig,  # settings of the run
     features: Tensor,  # (N, d) unit rows
     camids: np.ndarray,  # (N,) cameras, -1 unknown
 ) -> TrainConfig:  # the same, with eps and k1 as numbers
@@ -67,7 +67,7 @@ def _refined(refine, features, labels, camids):
 def pseudo_labels(
     features: Tensor,  # (N, d) unit rows
     camids: np.ndarray,  # (N,) cameras, -1 unknown
-    cfg: TrainConfig,
+    cfg: TrainConfig,  # settings of the run
     clusterer: Callable | None = None,  # features -> labels; None = the one the settings name
     refiners: Sequence[Callable] = (),  # each (features, labels, camids) -> labels, applied in order
 ) -> np.ndarray:  # (N,) int64 labels 0..C-1, -1 = outlier
@@ -84,7 +84,7 @@ def pseudo_labels(
 
 # %% ../nbs/03e_labels.ipynb #6fa79233
 def settings_refiners(
-    cfg: TrainConfig,
+    cfg: TrainConfig,  # settings of the run
     epoch: int = 1,  # 1-based
     local: np.ndarray | None = None,  # (N,) each camera's own clusters, see `read_camera_labels`; None = made anew
     **glc,  # device and progress of `correct_labels`

@@ -106,7 +106,7 @@ class Processes:
                 dist.broadcast(b, src=0)
 
     @contextmanager
-    def one_per_machine(self) -> Iterator[None]:
+    def one_per_machine(self) -> Iterator[None]:  # a `with` block
         "The first process of each machine does the block, then the others do it"
         if self.n > 1 and self.local > 0:
             dist.barrier()
@@ -117,7 +117,7 @@ class Processes:
                 dist.barrier()
 
 # %% ../nbs/03f_processes.ipynb #cc3b022d
-def processes() -> Processes:
+def processes() -> Processes:  # one alone, if there was no launcher
     "Who this process is, as the launcher set it"
     started = "LOCAL_RANK" in os.environ or dist.is_initialized()
     if not started or int(os.environ.get("WORLD_SIZE", 1)) == 1:

@@ -305,7 +305,7 @@ def _closest(name, names):
 
 def find_recipe(
     name: str,  # of a row of `recipe_table`, such as "pclclip-market1501"
-) -> Recipe:
+) -> Recipe:  # the row
     "A recipe by name. Raises ValueError with the closest ones if there is none."
     if name not in RECIPES:
         raise ValueError(f"no recipe is called {name!r}: did you mean {_closest(name, RECIPES)}?")
@@ -313,7 +313,7 @@ def find_recipe(
 
 # %% ../nbs/06_recipes.ipynb #8c69fa9e
 def resolve(
-    recipe: Recipe,
+    recipe: Recipe,  # a row, see `find_recipe`
     **overrides,  # fields of `TrainConfig` to change
 ) -> TrainConfig:  # what the run is trained with
     "The settings of a recipe. Raises ValueError for an unknown setting, or one out of range."
@@ -325,7 +325,7 @@ def resolve(
 
 # %% ../nbs/06_recipes.ipynb #b259bb58
 def recipe_backbone(
-    recipe: Recipe,
+    recipe: Recipe,  # a row, see `find_recipe`
     pretrained: str | Path | dict | None = None,  # instead of what the row starts from, see `create_backbone`
 ) -> nn.Module:  # with .d, .size
     "The network of a recipe. Raises ValueError if the row starts from a file and none is given."
@@ -340,7 +340,7 @@ _SHOWN = {"clusters": "{:.0f}", "loss": "{:.2f}", "mAP": "{:.1f}"}
 
 
 def what_to_expect(
-    recipe: Recipe,
+    recipe: Recipe,  # a row, see `find_recipe`
     minutes: float = 10,  # time since the start, on the authors' machine
 ) -> str:  # sentences
     "What the published log says of the first epochs"
@@ -376,7 +376,7 @@ def _near(what, mine, theirs):
 
 def on_track(
     run: str | Path | pd.DataFrame,  # run folder, or its history: epoch, clusters, loss, mAP in [0, 1]
-    recipe: Recipe,
+    recipe: Recipe,  # the row that it ran
 ) -> list[str]:  # one sentence per epoch that the log tells of; if there is none, one in all
     "A run beside the published log, in words"
     history, said = _history(run), []
@@ -397,7 +397,7 @@ _TICKS = (1, 2, 5, 10, 20, 50, 100)  # the first epochs are the ones to look at
 
 def compare_to_log(
     run: str | Path | pd.DataFrame,  # run folder, or its history
-    recipe: Recipe,
+    recipe: Recipe,  # the row that it ran
     ax=None,  # three axes to draw in; None makes a figure
 ) -> Figure:  # clusters, loss and mAP per epoch; above, the last sentence of `on_track`
     "A run drawn over the published log"

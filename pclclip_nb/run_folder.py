@@ -94,7 +94,7 @@ def _plain(value):
 # %% ../nbs/03d_run_folder.ipynb #8f194d1d
 def load_state(
     path: Path,  # a `last.pt`
-    cfg: TrainConfig,
+    cfg: TrainConfig,  # settings that must agree with the file's
     images: pd.DataFrame,  # training images of the run
 ) -> dict:  # what `save_state` wrote
     "Read the state of a run. Raises ValueError when the file is foreign, or belongs to other settings or images."
@@ -132,7 +132,7 @@ def _read(path):
 # %% ../nbs/03d_run_folder.ipynb #46a807a7
 def open_run(
     run_dir: str | Path,  # run folder, made if needed
-    cfg: TrainConfig,
+    cfg: TrainConfig,  # settings of the run, kept in `config.json`
     images: pd.DataFrame,  # training images
     resume: bool | str | Path = False,  # True: from the folder's last.pt if there is one; a path: from that file
 ) -> dict | None:  # state to go on from; None = a fresh run

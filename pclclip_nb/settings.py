@@ -178,7 +178,7 @@ def _fits(cfg):
 # %% ../nbs/03c_settings.ipynb #5eae6ab1
 def learning_rate(
     epoch: int,  # 1-based
-    cfg: TrainConfig,
+    cfg: TrainConfig,  # settings of the run
 ) -> float:  # learning rate of that epoch
     "Linear warm-up, then steps (PCL-CLIP, Cluster Contrast) or a cosine (TransReID)"
     if 0 < cfg.restart_epoch <= epoch:
@@ -195,8 +195,8 @@ def learning_rate(
 # %% ../nbs/03c_settings.ipynb #ea6fbc77
 def make_optimizer(
     *modules: nn.Module | None,  # backbone, and an identity head if there is one; their trainable parameters
-    cfg: TrainConfig,
-) -> torch.optim.Optimizer:
+    cfg: TrainConfig,  # settings of the run
+) -> torch.optim.Optimizer:  # at the settings' `lr`
     "SGD with momentum 0.9, or Adam, with weight decay on every trainable parameter"
     named = [(n, p) for m in modules if m is not None for n, p in m.named_parameters() if p.requires_grad]
     if cfg.bias_lr == 1:

@@ -35,7 +35,7 @@ class Timer:
 @contextmanager
 def stage(
     name: str,  # of the work in the block; visits of the same name add up
-) -> Iterator[None]:
+) -> Iterator[None]:  # a `with` block
     "Measure a block for the active `Timer`; without one, nothing is done"
     timer = _active.get()
     if timer is None:

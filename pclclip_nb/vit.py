@@ -134,7 +134,7 @@ class ViTBackbone(nn.Module):
         self.grad_checkpoint = on
 
     @property
-    def norm(self):
+    def norm(self) -> str:  # such as "imagenet"
         "How input images are normalised, a key of `pclclip_nb.augmentation.NORMS`"
         return self._pixels
 
