@@ -259,8 +259,8 @@ def _rough_dtype(d):
     return min(torch.bfloat16, torch.float32, key=seconds)
 
 # %% ../nbs/01c_neighbours.ipynb #19b02369
-def _collect(left, others, d, k, error, floor=None, bar=""):
-    "Candidates of the rows of `left` among `others`, or among themselves where `others` is `left`"
+def _collect(left, others, d, k, error, floor=None, bar="", seen=None):
+    "Candidates of the rows of `left` among `others`, or among themselves where `others` is `left`; `seen` is shown every tile"
     import torch
 
     n, m, both, size = len(left), len(others), others is left, 1024
@@ -274,6 +274,8 @@ def _collect(left, others, d, k, error, floor=None, bar=""):
         right, key, near = _turned(others[b : b + size], d), np.empty(size, np.int16), np.zeros(size, np.uint8)
         for a in tiles:
             tile = torch.mm(left[a : a + size], right.T).bfloat16().view(torch.int16).numpy()
+            if seen:
+                seen(a, b, tile)
             with locks[a // size], locks[(b if both else a) // size]:
                 _scan(tile, a, b, both, key, near, near.view(np.uint64), keys, cols, fill, floor, k, lower)
 
@@ -319,16 +321,17 @@ def _judge_candidates(x, y, shift, candidates, k, error, best, ids):
     )
 
 # %% ../nbs/01c_neighbours.ipynb #1a46c3a9
-def _by_tiles(x, best, ids, bar=""):
-    "Exact neighbours by the processor's matrix unit"
+def _by_tiles(x, best, ids, bar="", seen=None):
+    "Exact neighbours by the processor's matrix unit; how far a score that `seen` was shown can be from the exact one"
     import torch
 
     d, k = x.shape[1], best.shape[1]
     left, sizes = _operand(x, torch.from_numpy(x.mean(0)), _rough_dtype(d))
     error = _bound(*sizes, d)
-    candidates = _collect(left, left, d, k, error, bar=bar)
+    candidates = _collect(left, left, d, k, error, bar=bar, seen=seen)
     del left
     _judge_candidates(x, x, 0, candidates, k, error, best, ids)
+    return error
 
 # %% ../nbs/01c_neighbours.ipynb #741aa2dd
 def _judge_found(x, rows, y, shift, cols, fill, redo, best, ids):
