@@ -264,14 +264,15 @@ def autocast_dtype(
     precision: str = "auto",  # "auto", "bf16", "fp16" or "fp32"
     device: str | torch.device = "cpu",  # where the backbone runs
 ) -> torch.dtype | None:  # dtype for autocast, None for plain float32
-    "The type asked for; 'auto' is bf16 where the hardware multiplies it fast (CPU with AMX, recent GPU), else float32"
+    "The type asked for; 'auto' is bf16 where the hardware multiplies it fast (CPU with AMX or AVX512-BF16, recent GPU), else float32"
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
     if precision in types:
         return types[precision]
     if precision != "auto":
         raise ValueError(f"precision {precision!r}: use 'auto', 'bf16', 'fp16' or 'fp32'")
     cuda = torch.device(device).type == "cuda"
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_amx_tile_supported()
+    cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu
     return torch.bfloat16 if fast else None
 
 # %% ../nbs/01_clip_backbone.ipynb #9cabdbff

@@ -203,13 +203,7 @@ def export_open_clip(
     batches: tuple = (1, 7),  # batch sizes at which it is compared with the network
     tol: float = 1e-5,  # largest absolute difference of encode_image, at unit length
 ) -> Exported:  # folder, differences, how to load it
-    """
-    Write the image tower as an open_clip model. Raises ValueError for a network that open_clip cannot build.
-
-    Load the folder with `open_clip.create_model_and_transforms("local-dir:FOLDER")` (open_clip 3), or the file with
-    `open_clip.create_model(NAME, pretrained=FILE, force_image_size=(H, W))`. Without `force_image_size`, open_clip
-    takes the position embeddings for a square: it fails, or, where their number is a square, mixes them up.
-    """
+    "Write the image tower as an open_clip model; `how` of the result loads it, size told. Raises ValueError for a network that open_clip cannot build."
     if not isinstance(backbone, ClipBackbone) or not open_clip.get_model_config(backbone.name):
         raise ValueError(
             f"{getattr(backbone, 'name', '') or type(backbone).__name__} is no CLIP ViT that open_clip can build: export ONNX instead"

@@ -259,7 +259,7 @@ def result_sheet(
     path: str | Path,  # .html file to write
     height: int = 128,  # of a thumbnail, pixels
     most: int = 200,  # queries on the sheet; the first ones, and it says so
-    title: str = "Search results",
+    title: str = "Search results",  # of the sheet
 ) -> Path:  # the path
     "Write the ranked answers as one HTML file that needs nothing else"
     path, thumbnail, rows = Path(path), cache(lambda p: _thumbnail(p, height)), []
