@@ -6,6 +6,7 @@
 __all__ = ['batch_parts', 'Processes', 'processes']
 
 # %% ../nbs/03f_processes.ipynb #05fe6eb9
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,6 +123,14 @@ def processes() -> Processes:  # one alone, if there was no launcher
     started = "LOCAL_RANK" in os.environ or dist.is_initialized()
     if not started or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Processes()
+    if not dist.is_initialized():
+        atexit.register(_leave)
     cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, timeout=timedelta(hours=12))
     return Processes(state.process_index, state.num_processes, state.local_process_index, state.device)
+
+
+def _leave():
+    "Close the group of processes: threads of one still open can abort Python as it ends"
+    if dist.is_initialized():
+        dist.destroy_process_group()
