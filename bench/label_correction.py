@@ -127,7 +127,7 @@ def published_steps(x, labels, device, steps=40):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", action="store_true", help="the number of edges of the published training")
-    parser.add_argument("--edges", type=int, default=120_000, help="edges per step for --published")
+    parser.add_argument("--edges", type=int, default=240_000, help="edges per step for --published")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.published:
