@@ -79,7 +79,8 @@ def dense_reference(x):
 
 
 def ours(x):
-    from pclclip_nb.clustering import dbscan, jaccard_graph, knn
+    from pclclip_nb.clustering import dbscan, jaccard_graph
+    from pclclip_nb.core.neighbours import knn
 
     times = [time.perf_counter()]
     ranks = knn(x, K1)

@@ -46,7 +46,7 @@ KEY = ("device", "model", "images", "steps", "batch", "threads")
 
 def training_table(args):
     "The images, drawn once"
-    from pclclip_nb.synthetic import make_synthetic_reid
+    from pclclip_nb.synthetic.people import make_synthetic_reid
 
     ids = -(-args.images // PER_ID)
     table = make_synthetic_reid(WORK / f"data{ids}", n_train=ids, n_test=1, per_id=PER_ID, n_distractors=0)
@@ -57,7 +57,7 @@ def network(args):
     import torch
 
     from pclclip_nb.clip_backbone import clip_backbone
-    from pclclip_nb.tiny_clip import tiny_backbone
+    from pclclip_nb.synthetic.tiny_clip import tiny_backbone
 
     torch.manual_seed(0)
     net = tiny_backbone() if args.model == TINY else clip_backbone(args.model, size=tuple(args.size))
@@ -240,7 +240,7 @@ def published_steps(args, net, table, labels, centroids, transform):
     import torch
     import torch.nn.functional as F
 
-    from pclclip_nb.settings import TrainConfig, learning_rate
+    from pclclip_nb.training.settings import TrainConfig, learning_rate
 
     cfg, half = TrainConfig(), args.device == "cuda"
     optimizer, memory = published_optimizer(net, cfg, learning_rate(1, cfg)), published_memory()
@@ -308,7 +308,8 @@ def clusterer_of(args, table):
 
 
 def ours(args, variant):
-    from pclclip_nb.train import TrainConfig, train
+    from pclclip_nb.train import train
+    from pclclip_nb.training.settings import TrainConfig
 
     own = dict(eps=EPS, k1=K1, k2=K2, min_samples=MIN_SAMPLES, batch_size=args.batch, num_instances=INSTANCES)
     own |= dict(iters=args.steps, epochs=2, cache_dir=str(WORK / "decoded"))

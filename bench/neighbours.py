@@ -13,7 +13,8 @@ import numpy as np
 from features import reid_features
 from measure import ari, measure, store
 
-from pclclip_nb.clustering import dbscan, jaccard_graph, knn
+from pclclip_nb.clustering import dbscan, jaccard_graph
+from pclclip_nb.core.neighbours import knn
 
 K1, K2, EPS = 30, 6, 0.5
 

@@ -13,7 +13,7 @@ import tracemalloc
 
 import numpy as np
 
-from pclclip_nb.distances import label_distances, pair_distances, threshold_equal_error
+from pclclip_nb.results.distances import label_distances, pair_distances, threshold_equal_error
 
 D, BLOCK = 768, 256
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from methods import BASE, HERE, RESNET, RUNS, backbone, scores
 
-from pclclip_nb.synthetic import make_synthetic_reid
+from pclclip_nb.synthetic.people import make_synthetic_reid
 from pclclip_nb.train import train
 
 RESULTS = HERE / "results" / "refiners.json"

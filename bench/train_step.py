@@ -27,11 +27,11 @@ from measure import store
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pclclip_nb.augmentation import Augment
-from pclclip_nb.loading import train_loader
+from pclclip_nb.batches.augmentation import Augment
+from pclclip_nb.batches.loading import train_loader
 from pclclip_nb.memory_loss import ClusterMemory, running_update
-from pclclip_nb.pk_sampler import PKSampler
-from pclclip_nb.settings import TrainConfig
+from pclclip_nb.batches.pk_sampler import PKSampler
+from pclclip_nb.training.settings import TrainConfig
 
 TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = {  # of ours: the precision, and what is done to it

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attention import run_blocks
-from .stages import stage
+from .core.attention import run_blocks
+from .core.compute import stage
 
 # %% ../nbs/01_clip_backbone.ipynb #7553e023
 def resize_pos_embed(
@@ -92,7 +92,7 @@ class ClipBackbone(nn.Module):
         size: tuple[int, int] | None = None,  # (H, W) input pixels; None keeps the tower's own
         name: str = "",  # open_clip model name, stored with saved weights
         mode: str = "bilinear",  # position-embedding resize, see `resize_pos_embed`
-        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.augmentation.NORMS`
+        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.batches.augmentation.NORMS`
     ):
         super().__init__()
         if not isinstance(visual, VisionTransformer) or visual.proj is None:
@@ -167,7 +167,7 @@ def _no_logs():
         logging.disable(logging.NOTSET)
 
 
-open_clip.add_model_config(Path(str(files("pclclip_nb"))))  # the small model that ships, pclclip-tiny
+open_clip.add_model_config(Path(str(files("pclclip_nb") / "synthetic")))  # the small model that ships, pclclip-tiny
 
 
 def clip_backbone(
@@ -175,7 +175,7 @@ def clip_backbone(
     pretrained: str | None = None,  # an open_clip tag, a weights file open_clip can read, or None for random weights
     size: tuple[int, int] = (256, 128),  # (H, W) input pixels
     mode: str = "bilinear",  # position-embedding resize, see `resize_pos_embed`
-    norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.augmentation.NORMS`
+    norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.batches.augmentation.NORMS`
 ) -> ClipBackbone:  # .d features, .size (H, W)
     "The PCL-CLIP embedding on any open_clip ViT. Raises ValueError for an unknown name or tag."
     if open_clip.get_model_config(name) is None:

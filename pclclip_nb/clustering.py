@@ -9,8 +9,8 @@ __all__ = ['EPS_SLACK', 'jaccard_graph', 'dbscan', 'jaccard_dbscan', 'relabel']
 import numpy as np
 from scipy.sparse import csr_array
 
-from .neighbours import compiled, exact_dot, in_blocks, knn, row_blocks, unit_rows
-from .stages import stage
+from .core.neighbours import compiled, exact_dot, in_blocks, knn, row_blocks, unit_rows
+from .core.compute import stage
 
 # %% ../nbs/02_clustering.ipynb #42fb4a09
 @compiled

@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .neighbours import _single_threaded, compiled, row_blocks
-from .reranking import re_rank, re_ranked_rows
+from .core.neighbours import _single_threaded, compiled, row_blocks
+from .core.reranking import re_rank, re_ranked_rows
 
 # %% ../nbs/05_eval_viz.ipynb #5723c338
 @dataclass(frozen=True)

@@ -22,40 +22,25 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .augmentation import Augment
-from .batch_norm import drop_source, pool_bn, set_bn_chunks, set_domain, set_domain_bn
-from .camera_refinement import camera_entropy_weights
+from .batches.augmentation import Augment
+from .backbones.batch_norm import drop_source, pool_bn, set_bn_chunks, set_domain, set_domain_bn
+from .labels.camera_refinement import camera_entropy_weights
 from .clip_backbone import extract_features, save_weights, set_grad_checkpoint
-from .cluster_quality import cluster_report
-from .hybrid_memory import HybridMemory
-from .identity_loss import IdentityHead
-from pclclip_nb.labels import (
-    pseudo_labels,
-    read_camera_labels,
-    settings_clusterer,
-    settings_refiners,
-    training_images,
-    true_labels,
-    with_radius,
-)
-from .loading import Files, decoded, test_loader, train_loader
+from .labels.health import cluster_report
+from .training.hybrid_memory import HybridMemory
+from .training.identity_loss import IdentityHead
+from .training.epoch_labels import pseudo_labels, read_camera_labels, settings_clusterer, settings_refiners
+from .training.epoch_labels import training_images, true_labels, with_radius
+from .batches.loading import Files, decoded, test_loader, train_loader
 from .memory_loss import ClusterMemory, cluster_centroids
-from .pk_sampler import PKSampler
-from .processes import Processes, processes
-from pclclip_nb.run_folder import (
-    StopRequest,
-    digest,
-    keep_rows,
-    open_run,
-    save_arrays,
-    save_state,
-    tensorboard_log,
-    write_whole,
-)
-from .samplers import IdentitySampler, JointSampler
-from .settings import TrainConfig, learning_rate, make_optimizer, set_learning_rate
-from .stages import Timer, stage
-from .steps import Losses, Stepper, train_epoch
+from .batches.pk_sampler import PKSampler
+from .training.processes import Processes, processes
+from .training.checkpoints import StopRequest, digest, keep_rows, open_run, save_arrays, save_state
+from .training.checkpoints import tensorboard_log, write_whole
+from .batches.samplers import IdentitySampler, JointSampler
+from .training.settings import TrainConfig, learning_rate, make_optimizer, set_learning_rate
+from .core.compute import Timer, stage
+from .training.steps import Losses, Stepper, train_epoch
 
 # %% ../nbs/04_train.ipynb #bfd28c6d
 @dataclass
