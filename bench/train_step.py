@@ -29,8 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pclclip_nb.batches.augmentation import Augment
 from pclclip_nb.batches.loading import train_loader
-from pclclip_nb.memory_loss import ClusterMemory, running_update
 from pclclip_nb.batches.pk_sampler import PKSampler
+from pclclip_nb.memory_loss import ClusterMemory, running_update
 from pclclip_nb.training.settings import TrainConfig
 
 TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resize_pos_embed', 'set_input_size', 'unit', 'check_size', 'ClipBackbone', 'set_grad_checkpoint', 'clip_backbone',
-           'load_weights', 'save_weights', 'load_backbone', 'autocast_dtype', 'extract_features']
+           'load_weights', 'save_weights', 'load_backbone', 'extract_features']
 
 # %% ../nbs/01_clip_backbone.ipynb #6b355be7
 import json
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from .core.attention import run_blocks
 from .core.compute import stage
+from .core.compute import autocast_dtype
 
 # %% ../nbs/01_clip_backbone.ipynb #7553e023
 def resize_pos_embed(
@@ -258,22 +259,6 @@ def load_backbone(
         raise ValueError(f"{path} names no model: build the backbone with clip_backbone and fill it with load_weights")
     size = tuple(int(s) for s in meta["size"].split("x"))
     return load_weights(clip_backbone(meta["name"], size=size), path).eval()
-
-# %% ../nbs/01_clip_backbone.ipynb #ba9a4dde
-def autocast_dtype(
-    precision: str = "auto",  # "auto", "bf16", "fp16" or "fp32"
-    device: str | torch.device = "cpu",  # where the backbone runs
-) -> torch.dtype | None:  # dtype for autocast, None for plain float32
-    "The type asked for; 'auto' is bf16 where the hardware multiplies it fast (CPU with AMX or AVX512-BF16, recent GPU), else float32"
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-    if precision in types:
-        return types[precision]
-    if precision != "auto":
-        raise ValueError(f"precision {precision!r}: use 'auto', 'bf16', 'fp16' or 'fp32'")
-    cuda = torch.device(device).type == "cuda"
-    cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu
-    return torch.bfloat16 if fast else None
 
 # %% ../nbs/01_clip_backbone.ipynb #9cabdbff
 @torch.no_grad()

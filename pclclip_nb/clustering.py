@@ -9,8 +9,9 @@ __all__ = ['EPS_SLACK', 'jaccard_graph', 'dbscan', 'jaccard_dbscan', 'relabel']
 import numpy as np
 from scipy.sparse import csr_array
 
-from .core.neighbours import compiled, exact_dot, in_blocks, knn, row_blocks, unit_rows
-from .core.compute import stage
+from .core.arrays import unit_rows
+from .core.compute import compiled, in_blocks, row_blocks, stage
+from .core.neighbours import exact_dot, knn
 
 # %% ../nbs/02_clustering.ipynb #42fb4a09
 @compiled

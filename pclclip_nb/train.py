@@ -22,24 +22,25 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches.augmentation import Augment
 from .backbones.batch_norm import drop_source, pool_bn, set_bn_chunks, set_domain, set_domain_bn
-from .labels.camera_refinement import camera_entropy_weights
+from .batches.augmentation import Augment
+from .batches.loading import Files, decoded, test_loader, train_loader
+from .batches.pk_sampler import PKSampler
+from .batches.samplers import IdentitySampler, JointSampler
 from .clip_backbone import extract_features, save_weights, set_grad_checkpoint
+from .core.compute import Timer, stage
+from .core.files import save_arrays, write_whole
+from .labels.camera_refinement import camera_entropy_weights
 from .labels.health import cluster_report
-from .training.hybrid_memory import HybridMemory
-from .training.identity_loss import IdentityHead
+from .memory_loss import ClusterMemory, cluster_centroids
+from .training.checkpoints import StopRequest, images_digest, keep_rows, open_run, save_state
+from .training.checkpoints import tensorboard_log
 from .training.epoch_labels import pseudo_labels, read_camera_labels, settings_clusterer, settings_refiners
 from .training.epoch_labels import training_images, true_labels, with_radius
-from .batches.loading import Files, decoded, test_loader, train_loader
-from .memory_loss import ClusterMemory, cluster_centroids
-from .batches.pk_sampler import PKSampler
+from .training.hybrid_memory import HybridMemory
+from .training.identity_loss import IdentityHead
 from .training.processes import Processes, processes
-from .training.checkpoints import StopRequest, digest, keep_rows, open_run, save_arrays, save_state
-from .training.checkpoints import tensorboard_log, write_whole
-from .batches.samplers import IdentitySampler, JointSampler
 from .training.settings import TrainConfig, learning_rate, make_optimizer, set_learning_rate
-from .core.compute import Timer, stage
 from .training.steps import Losses, Stepper, train_epoch
 
 # %% ../nbs/04_train.ipynb #bfd28c6d
@@ -104,7 +105,7 @@ def _check_source(cfg, source):
 
 
 def _source_digest(run):
-    return None if run.source is None else digest(run.source)
+    return None if run.source is None else images_digest(run.source)
 
 
 def _start(cfg, table, backbone, source, clusterer, refiners, me=None):
@@ -397,7 +398,7 @@ def _leave(where):
 # %% ../nbs/04_train.ipynb #d1857a38
 def _save(run, run_dir, within=None):
     "The state that a run goes on from, at the end of an epoch or within one; all processes call it"
-    state = {"format": 2, "history": run.history, "config": asdict(run.cfg), "images": digest(run.images)}
+    state = {"format": 2, "history": run.history, "config": asdict(run.cfg), "images": images_digest(run.images)}
     state |= {"source": _source_digest(run)} | {n: p.state_dict() for n, p in run.parts().items()}
     if run.frozen is not None:
         state["frozen"] = run.frozen

@@ -15,12 +15,12 @@ import torch
 
 from .flags import Parser, _OPTIONS, add_backbone, make_backbone
 from .main import _run
+from ..core.files import write_whole
 from ..inference.export import export_onnx, export_open_clip
 from ..inference.extract import extract, image_list, open_gallery, open_weights
 from ..inference.search import result_sheet, search
 from ..results.compare import compare_runs, plot_runs
 from ..results.explorer import write_explorer
-from ..training.checkpoints import write_whole
 
 # %% ../../nbs/cli/04_tools.ipynb #be24e217
 def _add_network(parser):

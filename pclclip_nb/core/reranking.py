@@ -8,10 +8,11 @@ __all__ = ['nearest_and_farthest', 're_ranked_rows', 're_rank']
 # %% ../../nbs/core/07_reranking.ipynb #d5edda51
 import numpy as np
 
-from ..clustering import _as_graph, _block_size, _check_settings, _expanded, _join, _members
-from ..clustering import _pair_scores, _places, _softmax
-from .neighbours import _by_tiles, _single_threaded, _table, compiled, in_blocks, row_blocks, unit_rows
-from .compute import stage
+from ..clustering import _as_graph, _block_size, _check_settings, _expanded, _join, _members, _pair_scores
+from ..clustering import _places, _softmax
+from .arrays import unit_rows
+from .compute import compiled, in_blocks, row_blocks, single_threaded, stage
+from .neighbours import _by_tiles, _table
 
 # %% ../../nbs/core/07_reranking.ipynb #55457d9f
 _TILE = 1024  # rows and columns of the tiles that `_by_tiles` shows
@@ -64,7 +65,7 @@ def _exact_least(x, doubt):
         parts = np.array_split(rows, len(rows) // _TILE + 1)
         return rows, np.concatenate([(y[p] @ tile.T).amin(1).numpy() for p in parts])
 
-    for rows, low in _single_threaded(work, range(len(doubt))):
+    for rows, low in single_threaded(work, range(len(doubt))):
         least[rows] = np.minimum(least[rows], low)
     return least
 
@@ -153,5 +154,5 @@ def re_rank(
     def work(rows):
         out[rows] = distances(rows)
 
-    _single_threaded(work, row_blocks(len(qf), 64))
+    single_threaded(work, row_blocks(len(qf), 64))
     return out

@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from ..labels.health import silhouettes
 from ..clustering import jaccard_graph
-from ..training.epoch_labels import training_images
-from ..training.checkpoints import write_whole
-from ..training.settings import TrainConfig
+from ..core.files import write_whole
+from ..labels.health import silhouettes
 from ..train import train
+from ..training.epoch_labels import training_images
+from ..training.settings import TrainConfig
 
 # %% ../../nbs/experiments/02_per_camera.ipynb #c40e99e4
 def camera_settings(

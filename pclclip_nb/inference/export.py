@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..batches.augmentation import Augment, NORMS
 from ..clip_backbone import ClipBackbone, _no_logs, unit
+from ..core.files import write_whole
 from .extract import fingerprint
-from ..training.checkpoints import write_whole
 
 # %% ../../nbs/inference/02_export.ipynb #db485dd4
 class BytesIn(nn.Module):

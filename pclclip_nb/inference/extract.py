@@ -20,13 +20,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..batches.augmentation import Augment
 from ..backbones.create import load_backbone, load_published
-from ..clip_backbone import autocast_dtype, extract_features, save_weights
-from ..data import check_images, read_csv, read_folder
-from ..batches.loading import ahead, read_image
-from ..training.checkpoints import save_arrays, write_whole
 from ..backbones.published import read_checkpoint
+from ..batches.augmentation import Augment
+from ..batches.loading import read_image
+from ..clip_backbone import extract_features, save_weights
+from ..core.compute import ahead, autocast_dtype
+from ..core.files import save_arrays, write_whole
+from ..data import check_images, read_csv, read_folder
 
 # %% ../../nbs/inference/00_extract.ipynb #794d9a31
 def image_list(

@@ -23,11 +23,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from ..clip_backbone import extract_features
-from ..eval_viz import check_features
-from .extract import Gallery, fingerprint, image_list, open_gallery, open_weights
 from ..batches.loading import Files, test_loader
-from ..training.checkpoints import write_whole
+from ..clip_backbone import extract_features
+from ..core.arrays import check_features
+from ..core.files import write_whole
+from .extract import Gallery, fingerprint, image_list, open_gallery, open_weights
 
 # %% ../../nbs/inference/01_search.ipynb #ef926b09
 def _faiss():

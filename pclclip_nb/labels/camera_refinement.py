@@ -13,9 +13,10 @@ import numpy as np
 from scipy.special import entr
 
 from ..clustering import jaccard_graph, relabel
+from ..core.arrays import unit_rows
+from ..core.compute import in_blocks, row_blocks, stage
+from ..core.neighbours import knn
 from .graph_clustering import _cosines, average_linkage, infomap_labels, similarity_links
-from ..core.neighbours import in_blocks, knn, row_blocks, unit_rows
-from ..core.compute import stage
 
 # %% ../../nbs/labels/02_camera_refinement.ipynb #0cbd525e
 def _as_ids(n, **arrays):

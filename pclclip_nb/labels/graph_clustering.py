@@ -15,7 +15,9 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from ..clustering import _root, jaccard_graph, relabel
-from ..core.neighbours import compiled, exact_dot, in_blocks, knn, row_blocks, unit_rows
+from ..core.arrays import unit_rows
+from ..core.compute import compiled, in_blocks, row_blocks
+from ..core.neighbours import exact_dot, knn
 
 # %% ../../nbs/labels/00_graph_clustering.ipynb #361db209
 @compiled

@@ -20,11 +20,10 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..batches.loading import ahead
-from ..clip_backbone import autocast_dtype
 from ..clustering import relabel
-from ..core.compute import stage
-from ..core.neighbours import compiled, in_blocks, knn, row_blocks, unit_rows
+from ..core.arrays import unit_rows
+from ..core.compute import ahead, autocast_dtype, compiled, in_blocks, row_blocks, stage
+from ..core.neighbours import knn
 from .graph_clustering import similarity_links
 
 # %% ../../nbs/labels/04_graph_correction.ipynb #836a42de

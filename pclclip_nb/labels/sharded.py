@@ -13,8 +13,10 @@ from scipy.sparse import csr_array
 
 from ..clustering import EPS_SLACK, _check_settings, _half, _join, _mean_rows, _members, _mirrored
 from ..clustering import _pair_scores, _places, _softmax, dbscan
+from ..core.arrays import unit_rows
+from ..core.compute import in_blocks, row_blocks
 from ..core.neighbours import _bound, _by_torch, _collect, _judge_candidates, _keys_at, _operand
-from ..core.neighbours import _rough_dtype, _table, in_blocks, row_blocks, unit_rows
+from ..core.neighbours import _rough_dtype, _table
 
 # %% ../../nbs/labels/07_sharded.ipynb #3d494483
 def shard_rows(

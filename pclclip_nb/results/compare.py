@@ -64,7 +64,7 @@ def _read_table(path):
 
 def _read_settings(folder):
     "Settings by name, and what tells the training images"
-    from pclclip_nb.training.checkpoints import digest  # these two bring torch
+    from pclclip_nb.training.checkpoints import images_digest  # these two bring torch
     from pclclip_nb.training.settings import TrainConfig
 
     if not folder.is_dir():
@@ -77,7 +77,7 @@ def _read_settings(folder):
     told |= _read_json(folder / "config.json")
     if (folder / "images.csv").is_file():
         images = _read_table(folder / "images.csv")
-        told["data"] = f"{len(images)} images, {digest(images)[:4] if 'path' in images else '?'}"
+        told["data"] = f"{len(images)} images, {images_digest(images)[:4] if 'path' in images else '?'}"
     return told
 
 # %% ../../nbs/results/06_compare.ipynb #a4a4b6cf

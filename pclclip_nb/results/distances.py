@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from ..eval_viz import check_features, to_numpy
-from ..core.neighbours import compiled, in_blocks, row_blocks
+from ..core.arrays import check_features, to_numpy
+from ..core.compute import compiled, in_blocks, row_blocks
 
 # %% ../../nbs/results/00_distances.ipynb #d60b19b2
 @compiled

@@ -122,7 +122,7 @@ def write_explorer(
     **layout,  # settings of `pclclip_nb.results.runs.run_layouts`
 ) -> Path:  # the file
     "Write the explorer as one HTML file. Raises what `read_run` does, and OSError if it cannot be written."
-    from pclclip_nb.training.checkpoints import write_whole  # imports torch
+    from pclclip_nb.core.files import write_whole  # imports torch
 
     run, dest = _opened(run), Path(dest)
     meta, arrays = explorer_data(run, run_layouts(run, progress=progress, **layout))

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..eval_viz import Ranking, show_strips, to_numpy
+from ..core.arrays import to_numpy
+from ..eval_viz import Ranking, show_strips
 
 # %% ../../nbs/results/01_mistakes.ipynb #3322d85f
 def _check_ranked(ranking, query, gallery, ranked):

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ..eval_viz import _check_ids, _check_pair, _count, _distance_rows, _parts, _same_person
-from ..core.neighbours import _single_threaded, compiled
+from ..core.arrays import check_ids, check_pair
+from ..core.compute import compiled, single_threaded
+from ..eval_viz import _count, _distance_rows, _parts, _same_person
 
 # %% ../../nbs/results/02_protocols.ipynb #83a4650d
 def camera_pairs(
@@ -26,8 +27,8 @@ def camera_pairs(
     rerank: bool | dict = False,  # as in `evaluate`
 ) -> pd.DataFrame:  # a row for each pair: query_cam, gallery_cam, queries that count, mAP, R1 (nan where none counts)
     "mAP and rank 1 from each camera to each other; raises ValueError on bad shapes and NaN"
-    qf, gf = _check_pair(qf, gf)
-    q_pids, g_pids, q_camids, g_camids = _check_ids(q_pids, g_pids, q_camids, g_camids, len(qf), len(gf))
+    qf, gf = check_pair(qf, gf)
+    q_pids, g_pids, q_camids, g_camids = check_ids(q_pids, g_pids, q_camids, g_camids, len(qf), len(gf))
     cams, distances = np.unique(g_camids), _distance_rows(qf, gf, rerank)
     own = [np.flatnonzero(g_camids == c) for c in cams]
     where = [_same_person(q_pids, g_pids[cols]) for cols in own]
@@ -38,7 +39,7 @@ def camera_pairs(
         for c, cols in enumerate(own):
             _count(dist.take(cols, 1), rows.start, *where[c], q_camids, g_camids[cols], ap[c], inp[c], first[c])
 
-    _single_threaded(work, _parts(len(qf), block))
+    single_threaded(work, _parts(len(qf), block))
     return _pair_table(q_camids, cams, ap, first)
 
 
@@ -118,8 +119,8 @@ def single_shot(
     block: int = 256,  # queries at a time
 ) -> pd.DataFrame:  # a row for each trial: mAP, R1, R5, R10, R20; .mean() is the score
     "Scores with one gallery image of each person, drawn at random; raises ValueError where no query has an answer"
-    qf, gf = _check_pair(qf, gf)
-    q_pids, g_pids, *cams = _check_ids(q_pids, g_pids, q_camids, g_camids, len(qf), len(gf))
+    qf, gf = check_pair(qf, gf)
+    q_pids, g_pids, *cams = check_ids(q_pids, g_pids, q_camids, g_camids, len(qf), len(gf))
     if trials < 1:
         raise ValueError(f"trials = {trials} must be at least 1: the published number is 10")
     persons, own = np.unique(g_pids, return_inverse=True)
@@ -132,7 +133,7 @@ def single_shot(
     def work(rows):
         _draw_ranks(distances(rows), rows.start, order, bounds, own, draws, other_cameras, *cams, ranks)
 
-    _single_threaded(work, _parts(len(qf), block))
+    single_threaded(work, _parts(len(qf), block))
     ranks = ranks[:, ranks[0] > 0]
     if not ranks.size:
         raise ValueError(f"none of the {len(qf)} queries has a right answer in another camera: check pids and camids")

@@ -25,7 +25,7 @@ from scipy.linalg import orthogonal_procrustes
 from scipy.optimize import linear_sum_assignment
 from tqdm.auto import tqdm
 
-from ..eval_viz import check_features, to_numpy
+from ..core.arrays import check_features, to_numpy
 from ..core.neighbours import knn
 
 # %% ../../nbs/results/04_runs.ipynb #e6b9cbc4
@@ -217,7 +217,7 @@ def run_layouts(
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there yet, or damaged
     layouts = aligned_umap(run.features, progress=progress, **how)
-    from pclclip_nb.training.checkpoints import save_arrays  # imports torch
+    from pclclip_nb.core.files import save_arrays  # imports torch
 
     try:
         save_arrays(path, key=np.array(key), layouts=np.array(layouts))

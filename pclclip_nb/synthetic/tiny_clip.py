@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from ..clip_backbone import ClipBackbone, autocast_dtype, clip_backbone
+from ..clip_backbone import ClipBackbone, clip_backbone
+from ..core.compute import autocast_dtype
 from .drawing import ATTRIBUTES, Person, caption, draw_person, random_camera, random_person
 
 # %% ../../nbs/synthetic/02_tiny_clip.ipynb #733a86db

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ..clip_backbone import autocast_dtype
 from ..batches.augmentation import NORMS
+from ..core.compute import autocast_dtype
 
 # %% ../../nbs/training/00_settings.ipynb #46c2e90b
 @dataclass(frozen=True)

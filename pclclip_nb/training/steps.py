@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from ..clip_backbone import autocast_dtype, unit
+from ..clip_backbone import unit
+from ..core.compute import autocast_dtype
+from ..memory_loss import ClusterMemory
 from .hybrid_memory import HybridMemory
 from .identity_loss import IdentityHead
-from ..memory_loss import ClusterMemory
 from .processes import Processes, batch_parts
 
 # %% ../../nbs/training/05_steps.ipynb #842a4526
