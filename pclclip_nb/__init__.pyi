@@ -1,0 +1,31 @@
+from .backbones.create import create_backbone as create_backbone
+from .backbones.create import load_backbone as load_backbone
+from .backbones.create import load_published as load_published
+from .clip_backbone import extract_features as extract_features
+from .clustering import dbscan as dbscan
+from .clustering import jaccard_dbscan as jaccard_dbscan
+from .clustering import jaccard_graph as jaccard_graph
+from .clustering import knn as knn
+from .clustering import relabel as relabel
+from .data import check_images as check_images
+from .data import check_protocol as check_protocol
+from .data import read_csv as read_csv
+from .data import read_dataset as read_dataset
+from .data import read_folder as read_folder
+from .data import summary as summary
+from .eval_viz import evaluate as evaluate
+from .eval_viz import plot_cmc as plot_cmc
+from .eval_viz import re_rank as re_rank
+from .inference.extract import extract as extract
+from .inference.extract import open_gallery as open_gallery
+from .inference.extract import open_weights as open_weights
+from .inference.search import result_sheet as result_sheet
+from .inference.search import search as search
+from .memory_loss import ClusterMemory as ClusterMemory
+from .memory_loss import cluster_centroids as cluster_centroids
+from .results.explorer import explore as explore
+from .results.runs import read_run as read_run
+from .synthetic.people import make_synthetic_reid as make_synthetic_reid
+from .training.settings import TrainConfig as TrainConfig
+
+__version__: str
