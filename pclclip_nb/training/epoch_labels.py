@@ -67,7 +67,7 @@ def refined_labels(
         raise ValueError(f"refiner {name} made all {len(refined)} images outliers: leave it out, or make it milder")
     return refined
 
-# %% ../../nbs/training/03_epoch_labels.ipynb #9cbf9f98
+# %% ../../nbs/training/03_epoch_labels.ipynb #cc790982
 def pseudo_labels(
     features: Tensor,  # (N, d) unit rows
     camids: np.ndarray,  # (N,) cameras, -1 unknown
