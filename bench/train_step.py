@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pclclip_nb.batches.augmentation import Augment
 from pclclip_nb.batches.loading import train_loader
-from pclclip_nb.batches.pk_sampler import PKSampler
+from pclclip_nb.batches.samplers import PKSampler
 from pclclip_nb.memory_loss import ClusterMemory, running_update
 from pclclip_nb.training.settings import TrainConfig
 

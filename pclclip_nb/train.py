@@ -25,8 +25,7 @@ from tqdm.auto import tqdm
 from .backbones.batch_norm import drop_source, pool_bn, set_bn_chunks, set_domain, set_domain_bn
 from .batches.augmentation import Augment
 from .batches.loading import Files, decoded, test_loader, train_loader
-from .batches.pk_sampler import PKSampler
-from .batches.samplers import IdentitySampler, JointSampler
+from .batches.samplers import IdentitySampler, JointSampler, PKSampler
 from .clip_backbone import extract_features, save_weights, set_grad_checkpoint
 from .core.compute import Timer, stage
 from .core.files import save_arrays, write_whole

@@ -9,13 +9,15 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'NORMS', 'normalised_bytes', 'unifor
 # %% ../../nbs/batches/00_augmentation.ipynb #4abce2c1
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 # %% ../../nbs/batches/00_augmentation.ipynb #6a729acf
 import numba
 
 # %% ../../nbs/batches/00_augmentation.ipynb #e4765ddd
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 NORMS = {  # name -> (μ, σ) per channel, in [0, 1]
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),  # PCL-CLIP without labels, Cluster Contrast, ICSR
     "half": ((0.5,) * 3, (0.5,) * 3),  # PCL-CLIP with labels, PASS, TransReID-SSL, CLIP-ReID
@@ -33,10 +35,10 @@ def normalised_bytes(
 
 # %% ../../nbs/batches/00_augmentation.ipynb #3ece1450
 def uniforms(
-    seeds: np.ndarray,  # (B,) non-negative integers
-    n: int,  # numbers of each
+    seeds: ArrayLike,  # (B,) non-negative integers
+    n: int,  # numbers for each seed
 ) -> np.ndarray:  # (B, n) float64 in [0, 1)
-    "Random numbers that follow from the seed and their place"
+    "Random numbers computed from the seed and their index alone"
     z = np.asarray(seeds, np.uint64)[:, None] * np.uint64(0xD1342543DE82EF95)
     z = z + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
@@ -50,26 +52,29 @@ def erase_boxes(
     area: tuple = (0.02, 0.4),  # s, share of the image, uniform
     aspect: tuple = (0.3, 1 / 0.3),  # r, height / width, uniform
 ) -> np.ndarray:  # (B, 4) int64 top, left, h, w with h < H and w < W; zeros if no try fits
-    "Rectangles to erase"
+    "Rectangles to erase: for each image the first of its tries that fits"
     H, W = size
-    s, r = area[0] + u[..., 0] * (area[1] - area[0]), aspect[0] + u[..., 1] * (aspect[1] - aspect[0])
-    h, w = np.rint(np.sqrt(s * H * W * r)), np.rint(np.sqrt(s * H * W / r))
-    top, left = np.floor(u[..., 2] * (H - h + 1)), np.floor(u[..., 3] * (W - w + 1))
+    s = area[0] + u[..., 0] * (area[1] - area[0])
+    r = aspect[0] + u[..., 1] * (aspect[1] - aspect[0])
+    h = np.rint(np.sqrt(s * H * W * r))
+    w = np.rint(np.sqrt(s * H * W / r))
+    top = np.floor(u[..., 2] * (H - h + 1))
+    left = np.floor(u[..., 3] * (W - w + 1))
     fits = (h < H) & (w < W)
-    first = np.arange(len(u)), fits.argmax(axis=1)
+    first = (np.arange(len(u)), fits.argmax(axis=1))  # index of the first try that fits
     boxes = np.stack([top[first], left[first], h[first], w[first]], axis=1)
     return (boxes * fits.any(axis=1)[:, None]).astype(np.int64)
 
 # %% ../../nbs/batches/00_augmentation.ipynb #f97e9279
 def draw_moves(
-    seeds: np.ndarray,  # (B,) one per image
+    seeds: ArrayLike,  # (B,) one per image
     size: tuple,  # (H, W), pixels
     flip: float = 0.5,  # probability of a horizontal flip
     pad: int = 10,  # largest shift each way, pixels
     erase: float = 0.5,  # probability of a rectangle
     tries: int = 100,  # rectangles drawn before giving up
 ) -> np.ndarray:  # (B, 7) int64: flip, down, right, top, left, h, w
-    "What happens to each image"
+    "Flip, shift and rectangle of each image, from its seed"
     u = uniforms(seeds, 4 + 4 * tries)
     boxes = erase_boxes(u[:, 4:].reshape(len(u), tries, 4), size) * (u[:, 3] < erase)[:, None]
     shifts = np.floor(u[:, 1:3] * (2 * pad + 1)).astype(np.int64) - pad
@@ -78,6 +83,7 @@ def draw_moves(
 # %% ../../nbs/batches/00_augmentation.ipynb #c152d266
 @numba.njit(nogil=True, cache=True)
 def _moved(images, rows, moves, table, fill, out):
+    "Writes the moved rows of `images` (n, 3, H, W) uint8 to `out` (B, 3, H, W) float32"
     _, _, H, W = out.shape
     for b in range(len(rows)):
         image = images[rows[b]]
@@ -94,12 +100,14 @@ def _moved(images, rows, moves, table, fill, out):
                     else:
                         out[b, c, y, x] = table[c, 0]
 
-
+# %% ../../nbs/batches/00_augmentation.ipynb #17cd2d69
 def _moved_torch(images, moves, table, fill):
+    "The same with torch: all of `images` (B, 3, H, W) are moved"
     B, _, H, W = images.shape
     flip, down, right, top, left, h, w = moves.T[:, :, None]
     y, x = (torch.arange(n, device=images.device) for n in (H, W))
-    from_y, from_x = y + down, x + right
+    from_y = y + down
+    from_x = x + right
     inside = ((from_y >= 0) & (from_y < H))[:, None, :, None] & ((from_x >= 0) & (from_x < W))[:, None, None]
     hidden = ((y >= top) & (y < top + h))[:, None, :, None] & ((x >= left) & (x < left + w))[:, None, None]
     from_x = torch.where(flip > 0, W - 1 - from_x, from_x).clamp(0, W - 1)
@@ -111,7 +119,7 @@ def _moved_torch(images, moves, table, fill):
 # %% ../../nbs/batches/00_augmentation.ipynb #4d03b9d7
 def moved_batch(
     images: np.ndarray | Tensor,  # (n, 3, H, W) uint8: an array or memory map, or a tensor on any device
-    rows: np.ndarray,  # (B,) which of them
+    rows: ArrayLike,  # (B,) which of them
     moves: np.ndarray,  # (B, 7) from `draw_moves`
     table: Tensor,  # (3, 256) from `normalised_bytes`
     fill: tuple = IMAGENET_MEAN,  # of the rectangles, normalised units
@@ -127,7 +135,7 @@ def moved_batch(
 
 # %% ../../nbs/batches/00_augmentation.ipynb #f559aaf5
 class Augment:
-    "Bytes of a batch to what the network sees: moved by their seeds, or only normalised"
+    "Turns the bytes of a batch into the input of the network: moved by their seeds, or only normalised"
 
     def __init__(
         self,
@@ -140,14 +148,15 @@ class Augment:
         for name in (norm, fill):
             if name not in NORMS:
                 raise ValueError(f"{name!r} is no normalisation: choose from {', '.join(NORMS)}")
-        self.table, self.fill = normalised_bytes(*NORMS[norm]), NORMS[fill][0]
+        self.table = normalised_bytes(*NORMS[norm])
+        self.fill = NORMS[fill][0]
         self.draws = dict(flip=flip, pad=pad, erase=erase)
 
     def __call__(
         self,
         images: np.ndarray | Tensor,  # (n, 3, H, W) uint8
-        rows: np.ndarray,  # (B,) which of them
-        seeds: np.ndarray | None = None,  # (B,) one per image; None = no moves
+        rows: ArrayLike,  # (B,) which of them
+        seeds: ArrayLike | None = None,  # (B,) one per image; None = no moves
     ) -> Tensor:  # (B, 3, H, W) float32 on the device of the images
         "Flip, shift, normalise, erase"
         still = np.zeros((len(rows), 7), np.int64)

@@ -6,7 +6,6 @@
 __all__ = ['squash', 'read_image', 'decoded', 'Files', 'Batches', 'train_loader', 'test_loader']
 
 # %% ../../nbs/batches/01_loading.ipynb #483ed026
-import hashlib
 import os
 import shutil
 import warnings
@@ -22,7 +21,9 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm.auto import tqdm
 
 from .augmentation import Augment
+from ..core.benchmarks import open_rgb
 from ..core.compute import ahead
+from ..core.files import digest
 
 # %% ../../nbs/batches/01_loading.ipynb #2ac85231
 def squash(
@@ -36,55 +37,34 @@ def squash(
     x = v2.functional.resize(x, list(size), InterpolationMode.BICUBIC, antialias=True)
     return x.contiguous().numpy()
 
-
+# %% ../../nbs/batches/01_loading.ipynb #0d35cd66
 def read_image(
     path: str | Path,  # any format PIL knows
     size: tuple,  # (H, W), pixels
 ) -> np.ndarray:  # (3, H, W) uint8
     "Open and squash; any failure names the file"
     try:
-        with Image.open(path) as im:
-            image = im.convert("RGB")
+        image = open_rgb(path)
     except Exception as e:
         raise ValueError(f"image {path} cannot be read ({e}): check_images(table) lists all such files") from e
     return squash(image, size)
 
-# %% ../../nbs/batches/01_loading.ipynb #312b72c6
-def decoded(
-    table: pd.DataFrame,  # column path is used
-    size: tuple,  # (H, W), pixels
-    folder: str | Path,  # made if needed
-    budget: float = 8.0,  # GB that the file may take
-    workers: int = 4,  # threads that decode
-    progress: bool = True,  # show a bar
-) -> np.ndarray | None:  # (N, 3, H, W) uint8 memory map; None if too large
-    "The bytes of all images, decoded at most once"
-    folder, shape = Path(folder), (len(table), 3, *size)
-    need, free = np.prod(shape) / 1e9, _free(folder)
-    if need > min(budget, free):
-        limit = f"the budget is {budget:g} GB" if need > budget else f"{folder} has {free:.2g} GB free"
-        warnings.warn(f"decoded images would take {need:.2g} GB, {limit}: every epoch decodes anew", stacklevel=2)
-        return None
-    file = folder / f"{_fingerprint(table.path, size)}.npy"
-    if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _decode_to(file, table.path, shape, workers, progress)
-    return np.load(file, mmap_mode="r")
+# %% ../../nbs/batches/01_loading.ipynb #0b563c6d
+def _free_gb(folder):
+    "Free GB of the disk that the folder is on, or would be"
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+    return shutil.disk_usage(existing).free / 1e9
 
-
-def _free(folder):
-    "GB on the disk that the folder is on, or would be"
-    return shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())).free / 1e9
-
-
-def _fingerprint(paths, size):
-    "Changes with every file's name, length and time"
+# %% ../../nbs/batches/01_loading.ipynb #bdadc542
+def _images_digest(paths, size):
+    "16 hex digits that change with every file's name, length and time"
     stats = ((str(p), os.stat(p)) for p in paths)
     lines = [f"{p}\t{s.st_size}\t{s.st_mtime_ns}" for p, s in stats]
-    return hashlib.sha256("\n".join([f"1 {tuple(size)}", *lines]).encode()).hexdigest()[:16]
+    return digest("\n".join([f"1 {tuple(size)}", *lines]))[:16]
 
-
-def _decode_to(file, paths, shape, workers, progress):
+# %% ../../nbs/batches/01_loading.ipynb #44ee12ea
+def _write_decoded(file, paths, shape, workers, progress):
+    "Decode all images into one .npy file of this shape (N, 3, H, W)"
     part = file.with_name(f"{file.stem}.{os.getpid()}.part")
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     try:
@@ -97,6 +77,30 @@ def _decode_to(file, paths, shape, workers, progress):
     finally:
         part.unlink(missing_ok=True)
 
+# %% ../../nbs/batches/01_loading.ipynb #312b72c6
+def decoded(
+    table: pd.DataFrame,  # column path is used
+    size: tuple,  # (H, W), pixels
+    folder: str | Path,  # made if needed
+    budget: float = 8.0,  # GB that the file may take
+    workers: int = 4,  # threads that decode
+    progress: bool = True,  # show a bar
+) -> np.ndarray | None:  # (N, 3, H, W) uint8 memory map; None if too large
+    "The bytes of all images, decoded at most once"
+    folder = Path(folder)
+    shape = (len(table), 3, *size)
+    need = np.prod(shape) / 1e9
+    free = _free_gb(folder)
+    if need > min(budget, free):
+        limit = f"the budget is {budget:g} GB" if need > budget else f"{folder} has {free:.2g} GB free"
+        warnings.warn(f"decoded images would take {need:.2g} GB, {limit}: every epoch decodes anew", stacklevel=2)
+        return None
+    file = folder / f"{_images_digest(table.path, size)}.npy"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_decoded(file, table.path, shape, workers, progress)
+    return np.load(file, mmap_mode="r")
+
 # %% ../../nbs/batches/01_loading.ipynb #fa289eb8
 class Files:
     "The images of a table, read and squashed each time"
@@ -106,14 +110,15 @@ class Files:
         table: pd.DataFrame,  # column path is used
         size: tuple,  # (H, W), pixels
     ):
-        self.paths, self.size = table["path"].tolist(), size
+        self.paths = table["path"].tolist()
+        self.size = size
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(
         self,
-        row: int,
+        row: int,  # of the table
     ) -> np.ndarray:  # (3, H, W) uint8
         "Read one image"
         return read_image(self.paths[row], self.size)
@@ -133,26 +138,35 @@ class Batches:
         device: str | torch.device = "cpu",  # where the batches are wanted
         share: Callable | None = None,  # B -> places in the batch whose images are wanted; None = all
     ):
-        self.images, self.batch_sampler, self.augment = images, batch_sampler, augment
-        self.device, self.share = torch.device(device), share or np.arange
+        self.images = images
+        self.batch_sampler = batch_sampler
+        self.augment = augment
+        self.device = torch.device(device)
+        self.share = share or np.arange
         self.pool = ThreadPoolExecutor(max(1, workers)) if isinstance(images, Files) else None
 
     def __len__(self):
         return len(self.batch_sampler)
 
     def __iter__(self):
-        return ahead(self._make, ((batch,) for batch in list(self.batch_sampler)[self.first :]))
+        return ahead(self._load, ((batch,) for batch in list(self.batch_sampler)[self.first :]))
 
-    def _make(self, batch):
-        rows, seeds = np.array(batch).T if isinstance(batch[0], tuple) else (np.array(batch), None)
-        places = self.share(len(batch))
-        images, which = self.images, rows[places]
+    def _load(self, batch):
+        "The augmented images of this process's share, and the rows of the whole batch"
+        rows = np.array(batch)
+        seeds = None
+        if isinstance(batch[0], tuple):
+            rows, seeds = rows.T
+        share = self.share(len(batch))
+        images = self.images
+        which = rows[share]
         if self.pool is not None:
-            images, which = np.stack(list(self.pool.map(images.__getitem__, which))), np.arange(len(which))
+            images = np.stack(list(self.pool.map(images.__getitem__, which)))
+            which = np.arange(len(which))
         if self.device.type != "cpu":
-            picked = torch.from_numpy(images[which]).pin_memory()
-            images, which = picked.to(self.device, non_blocking=True), np.arange(len(which))
-        return self.augment(images, which, None if seeds is None else seeds[places]), torch.from_numpy(rows)
+            images = torch.from_numpy(images[which]).pin_memory().to(self.device, non_blocking=True)
+            which = np.arange(len(which))
+        return self.augment(images, which, None if seeds is None else seeds[share]), torch.from_numpy(rows)
 
 # %% ../../nbs/batches/01_loading.ipynb #ab6f877e
 def train_loader(
@@ -166,7 +180,7 @@ def train_loader(
     "Training batches; they do not depend on the number of workers, nor on where the bytes come from"
     return Batches(images, sampler, augment or Augment(), workers, device, share)
 
-
+# %% ../../nbs/batches/01_loading.ipynb #205e0a87
 def test_loader(
     images: np.ndarray | Files,  # (N, 3, H, W) uint8 from `decoded`, or files
     batch_size: int = 256,  # images per batch; the last may be smaller

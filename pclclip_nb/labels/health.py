@@ -7,50 +7,60 @@ __all__ = ['RADII', 'silhouettes', 'cluster_report', 'check_labels', 'Suggestion
 
 # %% ../../nbs/labels/05_health.ipynb #ece7eab7
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 
 from ..clustering import dbscan, jaccard_graph, relabel
+from ..core.arrays import to_numpy
 from ..core.neighbours import knn
 from .reports import label_scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # %% ../../nbs/labels/05_health.ipynb #a43a8038
 def silhouettes(
     graph: csr_array,  # (N, N) symmetric distances in [0, 1], no diagonal; a pair not stored is at distance 1
-    labels,  # (N,) pseudo labels, -1 = outlier
+    labels: ArrayLike,  # (N,) pseudo labels, -1 = outlier
 ) -> np.ndarray:  # (N,) in [-1, 1]; 0 for outliers, for clusters of one image, and where there is no second cluster
     "Silhouette of every image (Rousseeuw, 1987), exact in time proportional to the pairs stored"
     labels = relabel(labels)
-    n, C, clustered = len(labels), labels.max(initial=-1) + 1, np.flatnonzero(labels >= 0)
+    n = len(labels)
+    C = labels.max(initial=-1) + 1
+    clustered = np.flatnonzero(labels >= 0)
     if C < 2:
         return np.zeros(n)
     size = np.bincount(labels[clustered])
     member = csr_array((np.ones(len(clustered)), (clustered, labels[clustered])), shape=(n, C))
     near = (csr_array((1 - graph.data.astype(float), graph.indices, graph.indptr), shape=graph.shape) @ member).tocsr()
-    rows, cols = np.repeat(np.arange(n), np.diff(near.indptr)), near.indices
-    own, mates = cols == labels[rows], size[labels] - 1
-    a, b = np.ones(n), np.ones(n)
+    rows = np.repeat(np.arange(n), np.diff(near.indptr))
+    cols = near.indices
+    own = cols == labels[rows]
+    mates = size[labels] - 1
+    a = np.ones(n)
+    b = np.ones(n)
     a[rows[own]] = 1 - near.data[own] / np.maximum(mates[rows[own]], 1)
     np.minimum.at(b, rows[~own], 1 - near.data[~own] / size[cols[~own]])
     s = (b - a) / np.maximum(np.maximum(a, b), np.finfo(float).tiny)
     return np.where((labels >= 0) & (mates > 0), s, 0)
 
 # %% ../../nbs/labels/05_health.ipynb #d8dd401a
-def _numbers(values, n, name):
+def _ids(values, name, n):
     "Labels or ids as (n,) int64"
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
-    values = np.asarray(values).astype(np.int64)
-    if n is not None and len(values) != n:
+    values = to_numpy(values)
+    if len(values) != n:
         raise ValueError(f"{n} labels but {len(values)} {name}: give one of the {name} per label")
-    return values
+    return values.astype(np.int64)
 
-
-def _camera_numbers(labels, camids):
-    "Distinct cameras per cluster; unknown cameras take no part"
+# %% ../../nbs/labels/05_health.ipynb #6e696bb8
+def _camera_counts(labels, camids):
+    "Mean number of cameras per cluster, and the share of clusters with one; unknown cameras take no part"
     known = (labels >= 0) & (camids >= 0)
     clusters = np.unique(np.stack([labels, camids])[:, known], axis=1)[0]
     seen_by = np.unique(clusters, return_counts=True)[1]
@@ -59,60 +69,68 @@ def _camera_numbers(labels, camids):
     return dict(cameras_per_cluster=float(seen_by.mean()), single_camera_share=float((seen_by == 1).mean()))
 
 # %% ../../nbs/labels/05_health.ipynb #5032875a
-def _sentences(r):
-    "What looks wrong in a report, and what to turn"
-    n, C, limit = r["n_images"], r["n_clusters"], 0.5 if r["n_clusters"] < 8 else 0.3
+def _report_warnings(r):
+    "Sentences on what looks wrong in a report, and which setting to change"
+    n = r["n_images"]
+    C = r["n_clusters"]
+    limit = 0.5 if C < 8 else 0.3
     if not C:
         return [f"no cluster: all {n} images are outliers: raise eps, or lower min_samples"]
-    said, big = [], f"it holds {max(r['sizes'])} of {n} images ({r['largest_share']:.0%})"
+    sentences = []
+    big = f"it holds {max(r['sizes'])} of {n} images ({r['largest_share']:.0%})"
     if C == 1:
-        turn = "lower eps or k1" if r["largest_share"] > 0.5 else "raise eps, or lower min_samples"
-        return [f"with one cluster there is nothing to tell apart: {big}: {turn}"]
+        change = "lower eps or k1" if r["largest_share"] > 0.5 else "raise eps, or lower min_samples"
+        return [f"with one cluster there is nothing to tell apart: {big}: {change}"]
     if r["largest_share"] > limit:
-        said.append(f"the largest of {C} clusters mixes many identities: {big}: lower eps or k1")
+        sentences.append(f"the largest of {C} clusters mixes many identities: {big}: lower eps or k1")
     if r["n_outliers"] > 0.8 * n:
-        said.append(f"{r['n_outliers']} of {n} images are outliers and take no part: raise eps, or lower min_samples")
+        sentences.append(
+            f"{r['n_outliers']} of {n} images are outliers and take no part: raise eps, or lower min_samples"
+        )
     if r["n_cameras"] > 1 and r.get("single_camera_share", 0) > 0.5:
         share = f"{r['single_camera_share']:.0%} of the clusters are seen by one camera only"
-        said.append(f"{share}: they follow cameras rather than persons: raise k1 or eps")
+        sentences.append(f"{share}: they follow cameras rather than persons: raise k1 or eps")
     if r.get("silhouette", 1) < 0.2:
         why = f"mean silhouette {r['silhouette']:.2f}: few images are clearly nearer to their own cluster than to the next"
-        turn = "try other eps and k1 (suggest_eps), a min_samples that most identities reach, or better features"
-        said.append(f"{why}: {turn}")
-    return said
+        change = "try other eps and k1 (suggest_eps), a min_samples that most identities reach, or better features"
+        sentences.append(f"{why}: {change}")
+    return sentences
 
-
+# %% ../../nbs/labels/05_health.ipynb #bce69ff5
 def cluster_report(
-    labels,  # (N,) pseudo labels, -1 = outlier
-    camids=None,  # (N,) cameras, -1 = unknown
-    pids=None,  # (N,) true identities where known, -1 = unknown; only for the report, never for training
+    labels: ArrayLike,  # (N,) pseudo labels, -1 = outlier
+    camids: ArrayLike | None = None,  # (N,) cameras, -1 = unknown
+    pids: ArrayLike
+    | None = None,  # (N,) true identities where known, -1 = unknown; only for the report, never for training
     graph: csr_array | None = None,  # (N, N) Jaccard distances the labels were made from
 ) -> dict:  # n_images, n_clusters, n_outliers, largest_share (of N), sizes (C,), n_cameras, warnings; see the table
     "A clustering in numbers and words. With camids, graph, pids: cameras, mean silhouette, agreement with the truth"
     labels = relabel(labels)
-    n, sizes = len(labels), np.bincount(labels[labels >= 0])
+    n = len(labels)
+    sizes = np.bincount(labels[labels >= 0])
     r = dict(n_images=n, n_clusters=len(sizes), n_outliers=int((labels < 0).sum()))
     r |= dict(largest_share=float(sizes.max(initial=0) / max(n, 1)), sizes=sizes, n_cameras=0)
     if camids is not None:
-        camids = _numbers(camids, n, "camids")
-        r |= dict(n_cameras=len(np.unique(camids[camids >= 0]))) | _camera_numbers(labels, camids)
+        camids = _ids(camids, "camids", n)
+        r |= dict(n_cameras=len(np.unique(camids[camids >= 0]))) | _camera_counts(labels, camids)
     if graph is not None:
         if graph.shape[0] != n:
             raise ValueError(f"{n} labels but a graph of {graph.shape[0]} images: give the graph of these labels")
         r |= dict(silhouette=float(silhouettes(graph, labels).mean()))
-    if pids is not None and (_numbers(pids, n, "pids") >= 0).any():
+    if pids is not None and (_ids(pids, "pids", n) >= 0).any():
         scores = label_scores(labels, pids)
         r |= {k: scores[k] for k in ("precision", "recall", "F", "ARI", "NMI", "purity")}
-    return r | dict(warnings=_sentences(r))
+    return r | dict(warnings=_report_warnings(r))
 
 # %% ../../nbs/labels/05_health.ipynb #9ed9eb76
 def check_labels(
-    labels,  # (N,) pseudo labels, -1 = outlier
+    labels: ArrayLike,  # (N,) pseudo labels, -1 = outlier
     eps: float,  # the radius they were made with, for the message
     k1: int = 30,  # the same for k1
     min_samples: int = 4,  # and min_samples
-    camids=None,  # (N,) cameras, -1 = unknown; given, clusters of a single camera are warned about too
-) -> str:  # what looks wrong and what to turn, '' if nothing does; also given as a warning
+    camids: ArrayLike
+    | None = None,  # (N,) cameras, -1 = unknown; given, clusters of a single camera are warned about too
+) -> str:  # what looks wrong and what to change, '' if nothing does; also given as a warning
     "Stop if there is no cluster, warn if the clustering has collapsed"
     r = cluster_report(labels, camids)
     message = f"at eps = {eps}, k1 = {k1}, min_samples = {min_samples}: {'; '.join(r['warnings'])}"
@@ -134,15 +152,15 @@ class Suggestion:
     labels: np.ndarray = field(repr=False)  # (N,) the labels they give
     sweep: pd.DataFrame = field(repr=False)  # a row per setting: k1, eps, score, the numbers of its report
 
-
-def _widths(k1, k2, n):
+# %% ../../nbs/labels/05_health.ipynb #23e29010
+def _k1_values(k1, k2, n):
     "The values of k1 to try: a fifth to all of the k1 given, from k2 to n - 1"
     if min(k1, n - 1) < k2:
         raise ValueError(f"k1 = {k1} with {n} images leaves no k1 from k2 = {k2} to {n - 1}: lower k2, or raise k1")
     return sorted({max(k2, round(min(k1, n - 1) * f)) for f in (1 / 5, 1 / 3, 1 / 2, 2 / 3, 1)})
 
 # %% ../../nbs/labels/05_health.ipynb #97d185db
-def _score(sweep):
+def _sweep_scores(sweep):
     "Silhouette, NaN without two clusters; times the share of clusters that join cameras, if any does"
     score = sweep.silhouette.where(sweep.n_clusters > 1)
     if "single_camera_share" in sweep:
@@ -155,26 +173,28 @@ RADII = tuple(round(0.3 + 0.05 * i, 2) for i in range(10))  # 0.3, 0.35, ... 0.7
 
 
 def suggest_eps(
-    features,  # (N, d) unit rows; numpy or torch, any device and float type
+    features: ArrayLike,  # (N, d) unit rows; numpy or torch, any device and float type
     k1: int = 30,  # largest k1 tried; the others are 2/3, 1/2, 1/3 and 1/5 of it; values of N or more are lowered to N - 1
     k2: int = 6,  # rows averaged by query expansion; also the smallest k1 tried
     min_samples: int = 4,  # images within eps, self included, that make a core
-    camids=None,  # (N,) cameras, -1 = unknown; if given, clusters should join cameras
-    pids=None,  # (N,) true identities where known, -1 = unknown; adds ARI, purity and others to `sweep`, changes no choice
-    radii=RADII,  # radii to try, in (0, 1)
+    camids: ArrayLike | None = None,  # (N,) cameras, -1 = unknown; if given, clusters should join cameras
+    pids: ArrayLike | None = None,  # (N,) true identities, -1 = unknown; adds ARI, purity and others to `sweep` only
+    radii: Sequence[float] = RADII,  # radii to try, in (0, 1)
 ) -> Suggestion:  # eps, k1, and the sweep they were chosen from
     "The eps and k1 with the highest mean silhouette, an outlier counting 0, times the share of clusters that join cameras"
-    widths, rows, tried = _widths(k1, k2, len(features)), [], []
-    ranks = knn(features, widths[-1])
-    for k in widths:
+    k1_values = _k1_values(k1, k2, len(features))
+    ranks = knn(features, k1_values[-1])
+    rows = []
+    tried = []
+    for k in k1_values:
         graph = jaccard_graph(features, k, k2, max(radii), ranks)
         for eps in map(float, radii):
             tried.append(dbscan(graph, eps, min_samples))
             rows.append(dict(k1=k, eps=eps) | cluster_report(tried[-1], camids, pids, graph))
     sweep = pd.DataFrame(rows)
-    sweep.insert(2, "score", _score(sweep))
+    sweep.insert(2, "score", _sweep_scores(sweep))
     if sweep.score.isna().all():
-        rule = f"k1 = {widths} and eps = {min(radii)} to {max(radii)}"
+        rule = f"k1 = {k1_values} and eps = {min(radii)} to {max(radii)}"
         raise ValueError(f"no setting of {rule} gives two clusters: lower min_samples = {min_samples}, or change radii")
     i = int(sweep.score.idxmax())
     report = {name: rows[i][name] for name in rows[i] if name not in ("k1", "eps")}
@@ -183,8 +203,8 @@ def suggest_eps(
 # %% ../../nbs/labels/05_health.ipynb #993dcbdf
 def plot_sweep(
     suggestion: Suggestion,  # from `suggest_eps`
-    ax=None,  # axes to draw on; a new figure if None
-):  # the axes
+    ax: "Axes | None" = None,  # axes to draw on; a new figure if None
+) -> "Axes":  # the axes
     "Score against eps, a line per k1, with a star at the suggestion"
     import matplotlib.pyplot as plt
 

@@ -8,28 +8,29 @@ __all__ = ['reliability', 'keep_reliable', 'SelfPaced']
 # %% ../../nbs/labels/01_self_paced.ipynb #d2bce745
 import numpy as np
 from fastcore.basics import patch
+from numpy.typing import ArrayLike
 
 from ..clustering import jaccard_dbscan, relabel
 
 # %% ../../nbs/labels/01_self_paced.ipynb #f5523616
-def _each_own(labels):
-    "Outliers as clusters of one"
+def _outliers_as_clusters(labels):
+    "Dense labels in which every outlier is a cluster of its own"
     labels = relabel(labels)
     outliers = labels < 0
     labels[outliers] = labels.max(initial=-1) + 1 + np.arange(outliers.sum())
     return labels
 
-
+# %% ../../nbs/labels/01_self_paced.ipynb #ed831114
 def _overlap(a, b):
     "Intersection over union of each image's clusters in two labelings"
     _, pair, both = np.unique(a * (b.max(initial=0) + 1) + b, return_inverse=True, return_counts=True)
     return both[pair] / (np.bincount(a)[a] + np.bincount(b)[b] - both[pair])
 
-
+# %% ../../nbs/labels/01_self_paced.ipynb #5516b604
 def reliability(
-    labels,  # (N,) pseudo labels, -1 = outlier
-    tight,  # (N,) labels at a smaller radius
-    loose,  # (N,) labels at a larger radius
+    labels: ArrayLike,  # (N,) pseudo labels, -1 = outlier
+    tight: ArrayLike,  # (N,) labels at a smaller radius
+    loose: ArrayLike,  # (N,) labels at a larger radius
 ) -> tuple[np.ndarray, np.ndarray]:  # independence (N,) and compactness (N,), both in (0, 1], 1 = not changed at all
     "Overlap of each image's cluster with that at the loose and at the tight radius (SpCL, 2020)"
     if not len(labels) == len(tight) == len(loose):
@@ -37,22 +38,25 @@ def reliability(
             f"labels, tight and loose have {len(labels)}, {len(tight)} and {len(loose)} entries: "
             "cluster the same images at all three radii"
         )
-    labels, tight, loose = (_each_own(y) for y in (labels, tight, loose))
+    labels, tight, loose = (_outliers_as_clusters(y) for y in (labels, tight, loose))
     return _overlap(labels, loose), _overlap(labels, tight)
 
 # %% ../../nbs/labels/01_self_paced.ipynb #4f6cf351
 def keep_reliable(
-    labels,  # (N,) pseudo labels, -1 = outlier
-    independence,  # (N,) in (0, 1], see `reliability`
-    compactness,  # (N,) in (0, 1], see `reliability`
+    labels: ArrayLike,  # (N,) pseudo labels, -1 = outlier
+    independence: ArrayLike,  # (N,) in (0, 1], see `reliability`
+    compactness: ArrayLike,  # (N,) in (0, 1], see `reliability`
     alpha: float | None = None,  # largest 1 - independence of a cluster that stays; None = set it so that 9 of 10 stay
 ) -> tuple[np.ndarray, float | None]:  # (N,) int64 labels 0..C-1, -1 = outlier or dropped; alpha, None without clusters
     "Drop clusters that depend on the radius, and of the others all but the most compact members (SpCL, 2020)"
     labels = relabel(labels)
     rows = np.flatnonzero(labels >= 0)
-    own, size = labels[rows], np.bincount(labels[rows])
-    apart, loss = 1 - np.asarray(independence)[rows], 1 - np.asarray(compactness)[rows]
-    cluster_apart, cluster_loss = np.ones(len(size)), np.ones(len(size))
+    own = labels[rows]
+    size = np.bincount(own)
+    apart = 1 - np.asarray(independence)[rows]
+    loss = 1 - np.asarray(compactness)[rows]
+    cluster_apart = np.ones(len(size))
+    cluster_loss = np.ones(len(size))
     np.minimum.at(cluster_apart, own, apart)
     np.minimum.at(cluster_loss, own, loss)
     ranked = np.sort(cluster_apart[size > 1])
@@ -77,16 +81,17 @@ class SelfPaced:
     ):
         if not 0 < gap < eps or eps + gap > 1:
             raise ValueError(f"eps = {eps} and gap = {gap} must keep 0 < eps - gap < eps < eps + gap <= 1: lower gap")
-        self.radii, self.settings = (eps - gap, eps, eps + gap), dict(k1=k1, k2=k2, min_samples=min_samples)
+        self.radii = (eps - gap, eps, eps + gap)
+        self.settings = dict(k1=k1, k2=k2, min_samples=min_samples)
         self.alpha = None
 
     def __call__(
         self,
-        features,  # (N, d) unit rows; numpy, memory map or torch, any device and float type
-        labels=None,  # (N,) pseudo labels to refine, -1 = outlier; None = DBSCAN's at eps
-        camids=None,  # not used; there because every refiner is given them
+        features: ArrayLike,  # (N, d) unit rows; numpy, memory map or torch, any device and float type
+        labels: ArrayLike | None = None,  # (N,) pseudo labels to refine, -1 = outlier; None = DBSCAN's at eps
+        camids: ArrayLike | None = None,  # not used; there because every refiner is given them
     ) -> np.ndarray:  # (N,) int64 pseudo labels 0..C-1, -1 = outlier or not reliable
-        "Reliable labels"
+        "Cluster at three radii, and drop the labels that depend on the radius"
         tight, own, loose = jaccard_dbscan(features, self.radii, **self.settings)
         labels = own if labels is None else labels
         labels, self.alpha = keep_reliable(labels, *reliability(labels, tight, loose), self.alpha)
@@ -97,14 +102,14 @@ class SelfPaced:
 def state_dict(
     self: SelfPaced,
 ) -> dict:  # of one number
-    "What a resumed run needs"
+    "The state that a resumed run needs: `alpha`"
     return {"alpha": self.alpha}
 
-
+# %% ../../nbs/labels/01_self_paced.ipynb #d70be2f1
 @patch
 def load_state_dict(
     self: SelfPaced,
-    state: dict,  # what `state_dict` gave
+    state: dict,  # from `state_dict`
 ) -> None:
-    "Go on with the `alpha` of an earlier run"
+    "Continue with the `alpha` of an earlier run"
     self.alpha = state["alpha"]

@@ -57,10 +57,10 @@ class Person:
 def person_world(
     person: Person,  # an identity
 ) -> str:  # "demo" (one combination in four) or "pretrain": the two never share a combination of attributes
-    "The world a combination of attributes belongs to"
+    "The world to which a combination of attributes belongs"
     return "pretrain" if sum(v.index(getattr(person, k)) for k, v in ATTRIBUTES.items()) % 4 else "demo"
 
-
+# %% ../../nbs/synthetic/00_drawing.ipynb #6c677a9a
 def random_person(
     rng: np.random.Generator,  # source of randomness; the draw is a function of its state
     world: str = "demo",  # "demo" or "pretrain", see `person_world`
@@ -78,7 +78,7 @@ def random_person(
             continue
         for k, colour in dict(hat="hat_colour", bag="bag_colour", pattern="second").items():
             if a[k] in ("none", "plain"):
-                a[colour] = "black"  # what nobody can see has one value
+                a[colour] = "black"  # a colour that is not visible has one value
         person = Person(**a, detail=tuple(rng.uniform(-1, 1, 4).round(3).tolist()))
         if person_world(person) == world:
             return person
@@ -93,7 +93,8 @@ def caption(
     def keep():
         return rng is None or rng.random() > 0.2
 
-    p, pattern = person, ""
+    p = person
+    pattern = ""
     if p.pattern != "plain" and keep():
         pattern = f"{p.pattern} and {p.second} "
     text = f"a {p.build + ' ' if keep() else ''}{p.sex}"
@@ -109,11 +110,12 @@ def caption(
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 # %% ../../nbs/synthetic/00_drawing.ipynb #5555a927
-_TOP = 254  # alpha where the top is seen; 255 for the rest of a body
-
-
 def _shade(colour, f):
+    "A colour times a factor, at most 255"
     return tuple(int(min(255, c * f)) for c in colour)
+
+# %% ../../nbs/synthetic/00_drawing.ipynb #dd997f37
+_TOP = 254  # alpha where the top is seen; 255 for the rest of a body
 
 
 class _Pen:
@@ -121,29 +123,33 @@ class _Pen:
 
     def __init__(self, middle, top, height):
         self.img = Image.new("RGBA", (128, 256))
-        self.draw, self.o, self.u = ImageDraw.Draw(self.img), (middle, top), height
+        self.draw = ImageDraw.Draw(self.img)
+        self.origin = (middle, top)
+        self.unit = height
 
-    def _xy(self, pts):
-        return [(self.o[0] + x * self.u, self.o[1] + y * self.u) for x, y in pts]
+    def pixels(self, pts):
+        return [(self.origin[0] + x * self.unit, self.origin[1] + y * self.unit) for x, y in pts]
 
     def shape(self, pts, colour, label=255):
-        self.draw.polygon(self._xy(pts), fill=(*colour, label))
+        self.draw.polygon(self.pixels(pts), fill=(*colour, label))
 
     def oval(self, x, y, rx, ry, colour, label=255):
-        self.draw.ellipse(self._xy([(x - rx, y - ry), (x + rx, y + ry)]), fill=(*colour, label))
+        self.draw.ellipse(self.pixels([(x - rx, y - ry), (x + rx, y + ry)]), fill=(*colour, label))
 
     def limb(self, pts, width, colour, label=255):
         for x, w, f in ((0, width, 0.84), (-0.1 * width, 0.74 * width, 1)):  # a shaded edge, then the lit part
-            shifted, fill = [(a + x, b) for a, b in pts], _shade(colour, f)
-            self.draw.line(self._xy(shifted), fill=(*fill, label), width=max(2, round(w * self.u)), joint="curve")
+            shifted = [(a + x, b) for a, b in pts]
+            fill = _shade(colour, f)
+            self.draw.line(self.pixels(shifted), fill=(*fill, label), width=max(2, round(w * self.unit)), joint="curve")
             for a, b in (shifted[0], shifted[-1]):
                 self.oval(a, b, w / 2, w / 2, fill, label)
 
 # %% ../../nbs/synthetic/00_drawing.ipynb #1fca291d
 def _legs(pen, p, view, swing):
     "Legs, bottom and shoes; `swing` in [-1, 1] is the phase of the walk"
-    side, wide = view == "side", 1 + 0.12 * p.detail[2]
-    skin, cloth = SKIN[p.skin], _shade(PALETTE[p.bottom_colour], 1 + 0.18 * p.detail[1])
+    side = view == "side"
+    wide = 1 + 0.12 * p.detail[2]
+    cloth = _shade(PALETTE[p.bottom_colour], 1 + 0.18 * p.detail[1])
     for s in (-1, 1):
         hip = (s * (0.02 if side else 0.055), 0.5)
         step = s * swing
@@ -151,15 +157,13 @@ def _legs(pen, p, view, swing):
         foot = (hip[0] + (0.19 * step if side else 0.014 * s), 0.945 - (0.02 if side else 0.035) * max(step, 0))
         shade = 0.86 if side and s < 0 else 1
         w = 0.086 * wide
-        pen.limb([hip, knee, foot], 0.062 * wide, _shade(skin, shade))
+        pen.limb([hip, knee, foot], 0.062 * wide, _shade(SKIN[p.skin], shade))
         if p.bottom == "trousers":
             pen.limb([hip, knee, foot], w, _shade(cloth, shade))
         if p.bottom == "shorts":
             pen.limb([hip, knee], w * 1.08, _shade(cloth, shade))
-        toe = (0.06 if side else 0.012 * s, 0.015)
-        pen.limb(
-            [(foot[0], foot[1] + 0.012), (foot[0] + toe[0], foot[1] + toe[1])], 0.05, _shade(PALETTE[p.shoes], shade)
-        )
+        toe = (foot[0] + (0.06 if side else 0.012 * s), foot[1] + 0.015)
+        pen.limb([(foot[0], foot[1] + 0.012), toe], 0.05, _shade(PALETTE[p.shoes], shade))
     if p.bottom == "skirt":
         a, b = (0.07, 0.13) if side else (0.1, 0.15)
         pen.shape([(-a, 0.47), (a, 0.47), (b * wide, 0.7), (-b * wide, 0.7)], cloth)
@@ -175,16 +179,17 @@ def _arm(pen, p, x, view, swing, f=1.0):
     if p.sleeves == "long":
         pen.oval(*pts[-1], 0.027, 0.03, _shade(SKIN[p.skin], f))
 
-
+# %% ../../nbs/synthetic/00_drawing.ipynb #46b1b53d
 def _torso(pen, p, view, swing):
     "Top and arms"
     w = dict(slim=0.86, average=1.0, heavy=1.22)[p.build] * (0.66 if view == "side" else 1.0) * (1 + 0.06 * p.detail[3])
-    sh, waist = (0.135 if p.sex == "man" else 0.12) * w, (0.105 if p.sex == "man" else 0.09) * w
+    shoulder = (0.135 if p.sex == "man" else 0.12) * w
+    waist = (0.105 if p.sex == "man" else 0.09) * w
     hem = 0.53 + 0.02 * p.detail[3]
     if view == "side":
         _arm(pen, p, -0.01, view, -swing, 0.8)
     cloth = _shade(PALETTE[p.top], 1 + 0.18 * p.detail[0])
-    right = [(0.05, 0.155), (sh, 0.185), (waist, 0.4), (0.108 * w, hem)]
+    right = [(0.05, 0.155), (shoulder, 0.185), (waist, 0.4), (0.108 * w, hem)]
     body = right + [(-x, y) for x, y in right[::-1]]
     pen.shape(body, _shade(cloth, 0.84), _TOP)
     pen.shape([(x * 0.8 - 0.012, y) for x, y in body], cloth, _TOP)
@@ -192,7 +197,7 @@ def _torso(pen, p, view, swing):
         _arm(pen, p, 0.0, view, swing, 0.92)
     else:
         for s in (-1, 1):
-            _arm(pen, p, s * (sh - 0.005), view, swing, 0.93)
+            _arm(pen, p, s * (shoulder - 0.005), view, swing, 0.93)
     return w
 
 # %% ../../nbs/synthetic/00_drawing.ipynb #ce334c2f
@@ -206,10 +211,12 @@ def _hat(pen, p, view, x):
     elif view != "back":
         pen.limb([(x + brim[0], 0.046), (x + brim[1], 0.05)], 0.016, _shade(c, 0.75))
 
-
+# %% ../../nbs/synthetic/00_drawing.ipynb #4c256b0e
 def _head(pen, p, view):
     "Neck, face, hair and hat"
-    skin, hair, x = SKIN[p.skin], HAIR[p.hair_colour], 0.012 if view == "side" else 0.0
+    skin = SKIN[p.skin]
+    hair = HAIR[p.hair_colour]
+    x = 0.012 if view == "side" else 0.0
     locks = dict(front=[(-0.045, -0.052), (0.045, 0.052)], back=[(0, 0)], side=[(-0.02, -0.03)])[view]
     long, thick = (0.165, 0.036) if view == "front" else (0.18, 0.1)
     tail = dict(front=[(0.03, 0), (0, -0.012)], back=[(0, 0.05), (0, 0.16)], side=[(-0.05, 0.05), (-0.075, 0.15)])[view]
@@ -257,7 +264,8 @@ def _bag(pen, p, view, w):
 def _pattern(kind, period):
     "An (256, 128) mask, 255 where the second colour goes; rows count from the top of the head, `period` in pixels"
     y, x = np.mgrid[:256, :128]
-    half, middle = period // 2, abs(x - 64)
+    half = period // 2
+    middle = abs(x - 64)
     on = dict(
         striped=y % period < half,
         checked=(x // half + y // half) % 2 == 0,
@@ -287,7 +295,7 @@ def draw_body(
     width = _torso(pen, person, pose, swing)
     if person.pattern != "plain":
         period = int(height * (0.075 + 0.015 * person.detail[2]) / 2) * 2
-        spots = ImageChops.offset(_pattern(person.pattern, period), round(pen.o[0]) - 64, round(top))
+        spots = ImageChops.offset(_pattern(person.pattern, period), round(pen.origin[0]) - 64, round(top))
         cloth = pen.img.getchannel("A").point([255 * (i == _TOP) for i in range(256)])
         colour = _shade(PALETTE[person.second], 1 + 0.18 * person.detail[0])
         pen.img.paste((*colour, _TOP), mask=ImageChops.multiply(cloth, spots))
@@ -309,9 +317,9 @@ class Camera:
     zoom: float  # factor on the size of a person
     background: Image.Image  # 2 times larger than needed, and wider: a place to cut from
 
-
-def _place(rng, shift):
-    "A street: a wall with things on it, a ground, and a grain"
+# %% ../../nbs/synthetic/00_drawing.ipynb #ca6916c1
+def _street(rng, shift):
+    "Background of a camera: a wall with boxes on it, a ground with lines, and a grain"
 
     def tint(lo, hi):
         return np.clip(rng.uniform(lo, hi) + shift * rng.normal(0, 9, 3), 0, 255)
@@ -329,7 +337,7 @@ def _place(rng, shift):
     grain = Image.fromarray(rough[..., 0]).resize((384, 320), Image.BICUBIC)
     return Image.fromarray(np.uint8(np.clip(np.asarray(img) + 10 * np.asarray(grain)[..., None], 0, 255)))
 
-
+# %% ../../nbs/synthetic/00_drawing.ipynb #e583f08e
 def random_camera(
     rng: np.random.Generator,  # source of randomness
     shift: float = 1.0,  # how far cameras differ, >= 0; 0 = neutral photometry
@@ -341,24 +349,21 @@ def random_camera(
     drawn = rng.uniform(-1, 1, 6)
     gain, gamma, zoom, *cast = drawn if where is None else where
     cast = 1 + 0.06 * shift * np.array(cast)
-    light = dict(
-        gain=max(0.2, 1 + 0.18 * shift * gain),
-        cast=tuple(cast.round(3).tolist()),
-        gamma=float(np.exp(0.15 * shift * gamma)),
-    )
+    gain = max(0.2, 1 + 0.18 * shift * gain)
+    light = dict(gain=gain, cast=tuple(cast.round(3).tolist()), gamma=float(np.exp(0.15 * shift * gamma)))
     optics = dict(blur=rng.uniform(0.1, 0.8), noise=rng.uniform(2, 6), zoom=float(np.exp(0.06 * shift * zoom)))
-    return Camera(**light, **optics, background=_place(rng, shift))
+    return Camera(**light, **optics, background=_street(rng, shift))
 
-# %% ../../nbs/synthetic/00_drawing.ipynb #c21f4808
-_SOLID = [255 * (i > 0) for i in range(256)]  # label map -> mask
-
-
-def _occlude(d, rng):
+# %% ../../nbs/synthetic/00_drawing.ipynb #c7c72a0c
+def _draw_obstacle(d, rng):
     "Something between the camera and the person: a low wall or a post"
     colour = tuple((rng.integers(50, 200) + rng.integers(-12, 12, 3)).tolist())
     x, y = rng.integers([0, 170], [128, 225])
     low = rng.random() < 0.6
     d.rectangle([0, y, 128, 256] if low else [x, 0, x + 22, 256], fill=colour)
+
+# %% ../../nbs/synthetic/00_drawing.ipynb #c21f4808
+_SOLID = [255 * (i > 0) for i in range(256)]  # label map -> mask
 
 
 def draw_person(
@@ -370,18 +375,17 @@ def draw_person(
     "One image of a person, as a camera with a detector in front would give it"
     view = ("front", "back", "left", "right")[rng.choice(4, p=(0.34, 0.34, 0.16, 0.16))]
     height = 224 * camera.zoom * np.exp(0.06 * clutter * rng.uniform(-1, 1))
-    middle, top = 64 + 9 * clutter * rng.uniform(-1, 1), 128 - height / 2 + 9 * clutter * rng.uniform(-1, 1)
+    middle = 64 + 9 * clutter * rng.uniform(-1, 1)
+    top = 128 - height / 2 + 9 * clutter * rng.uniform(-1, 1)
     body = draw_body(person, view, rng.uniform(-1, 1), middle, top, height)
     x, y = rng.integers(camera.background.width - 127), rng.integers(camera.background.height - 255)
     img = camera.background.crop((x, y, x + 128, y + 256))
-    solid = body.getchannel("A").point(_SOLID)
     d = ImageDraw.Draw(img)
-    d.ellipse(
-        [middle - 40, top + 0.94 * height, middle + 40, top + 1.0 * height], fill=_shade(img.getpixel((2, 252)), 0.7)
-    )
-    img.paste(body.convert("RGB"), mask=solid)
+    shadow = [middle - 40, top + 0.94 * height, middle + 40, top + 1.0 * height]
+    d.ellipse(shadow, fill=_shade(img.getpixel((2, 252)), 0.7))
+    img.paste(body.convert("RGB"), mask=body.getchannel("A").point(_SOLID))
     if rng.random() < 0.15 * clutter:
-        _occlude(d, rng)
+        _draw_obstacle(d, rng)
     img = img.reduce(2).filter(ImageFilter.GaussianBlur(camera.blur))
     x = (np.asarray(img, np.float32) / 255) ** camera.gamma
     x *= np.float32(255 * camera.gain * rng.uniform(0.95, 1.05)) * np.float32(camera.cast)

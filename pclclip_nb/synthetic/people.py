@@ -24,7 +24,7 @@ _ROOT = "Market-1501-v15.09.15"
 _FOLDERS = dict(train="bounding_box_train", query="query", gallery="bounding_box_test")
 
 
-def _read(root):
+def _read_tree(root):
     "The table of a finished tree: by split, then by path; junk left out"
     rows = []
     for split, folder in _FOLDERS.items():
@@ -34,18 +34,28 @@ def _read(root):
                 rows.append((f, pid, cam - 1, split))
     return pd.DataFrame(rows, columns=["path", "pid", "camid", "split"])
 
-
-def _plan(n_train, n_test, n_cams, per_id, n_distractors, seed):
-    "(folder, pid, camid, person, frame) of every image to draw; -1 is junk"
-    seen, people, i = set(), [], 0
-    while len(people) < n_train + n_test + n_distractors:
+# %% ../../nbs/synthetic/01_people.ipynb #958f1d55
+def _different_people(n, seed):
+    "n people of the demo world, no two with the same attributes"
+    seen = set()
+    people = []
+    i = 0
+    while len(people) < n:
         person = random_person(np.random.default_rng([seed, 0, i]))
         look = replace(person, detail=())
         if look not in seen:
             people.append(person)
         seen.add(look)
         i += 1
-    rows, n_ids, n_query = [], n_train + n_test, min((n_cams + 1) // 2, per_id // 2)
+    return people
+
+# %% ../../nbs/synthetic/01_people.ipynb #349dd5d1
+def _plan(n_train, n_test, n_cams, per_id, n_distractors, seed):
+    "(folder, pid, camid, person, frame) of every image to draw; -1 is junk"
+    n_ids = n_train + n_test
+    people = _different_people(n_ids + n_distractors, seed)
+    n_query = min((n_cams + 1) // 2, per_id // 2)
+    rows = []
     for pid, person in enumerate(people[:n_ids], start=1):
         cams = np.random.default_rng([seed, 1, pid]).permutation(n_cams)
         for k in range(per_id):
@@ -88,7 +98,7 @@ def _finished(dest, root, settings):
         raise ValueError(f"{dest} is not empty ({foreign[0]}): choose a new folder, nothing here is overwritten")
     return False
 
-
+# %% ../../nbs/synthetic/01_people.ipynb #ca535d45
 def make_synthetic_reid(
     dest: str | Path,  # data folder, made if missing; the tree goes to `dest/Market-1501-v15.09.15`
     n_train: int = 100,  # training identities, >= 1
@@ -104,9 +114,10 @@ def make_synthetic_reid(
     "Draw a re-ID data set of JPEG files, or read it if it is already there"
     settings = {k: v for k, v in locals().items() if k not in ("dest", "progress")} | {"drawing": 2}
     dest = Path(dest)
-    root, part = dest / _ROOT, dest / f"{_ROOT}.part"
+    root = dest / _ROOT
+    part = dest / f"{_ROOT}.part"
     if _finished(dest, root, settings):
-        return _read(root)
+        return _read_tree(root)
     shutil.rmtree(part, ignore_errors=True)
     for folder in _FOLDERS.values():
         (part / folder).mkdir(parents=True)
@@ -119,4 +130,4 @@ def make_synthetic_reid(
         Image.fromarray(image).save(part / folder / f"{name}_c{cam + 1}s1_{k:06d}_01.jpg", quality=92)
     (part / "synthetic.json").write_text(json.dumps(settings))
     part.rename(root)
-    return _read(root)
+    return _read_tree(root)
