@@ -357,16 +357,21 @@ def import_module(name):
     return importlib.import_module(name)
 
 
+NO_TORCH = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(f"pclclip_nb.{name}")
+    if "torch" in sys.modules: sys.exit(f"{name} imports torch")
+"""
+
+
 def fresh_imports():
-    "Every module imports by itself and prints nothing; those without torch do so in a process that has not loaded it"
+    "Every module imports by itself and prints nothing; those in WITHOUT_TORCH do not import torch"
     bad = []
     for name in modules():
         good, text, _ = in_own_process(import_module, f"pclclip_nb.{name}")
         if text or not good: bad.append(f"{name}: {text}")
-    for name in WITHOUT_TORCH:
-        done = run(sys.executable, "-c", f"import sys, pclclip_nb.{name}; sys.exit('torch' in sys.modules)")
-        if done.returncode: bad.append(f"{name}: {done.stderr or 'imports torch'}")
-    return "\n".join(bad)
+    return "\n".join(bad) + failed(run(sys.executable, "-c", NO_TORCH, *WITHOUT_TORCH))
 
 
 def test_page(page):
