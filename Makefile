@@ -1,12 +1,14 @@
-# make demo   train on drawn pedestrians and report       make lab    JupyterLab on the notebooks
-# make test   every check and every notebook               make docs   the documentation site (needs quarto)
+# make demo     train on drawn pedestrians and report    make lab       JupyterLab on the pages
+# make test     every check and every page               make docs      the documentation site (needs quarto)
+# make normal   format, clean and export the pages       make readme    README.md from nbs/index.ipynb
+# make browser  the pages in a real browser (needs Chromium and its driver)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 
-.PHONY: demo test lab docs readme clean
+.PHONY: demo test browser lab docs normal readme clean
 
 demo: $(READY)
 	$(BIN)/pclclip_demo --logs-dir runs/demo
@@ -14,12 +16,19 @@ demo: $(READY)
 test: $(DEV)
 	$(BIN)/python .ci/check.py
 
+browser: $(DEV)
+	$(BIN)/python .ci/browser.py
+
 lab: $(DEV)
-	cd nbs && ../$(BIN)/jupyter lab
+	$(BIN)/jupyter lab --ServerApp.root_dir='$(CURDIR)' --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 docs: $(DEV)
 	@command -v quarto >/dev/null || { echo "make docs needs the program quarto: get it from https://quarto.org/docs/get-started and run make docs again"; exit 1; }
+	@touch README.md # nbdev_docs writes it anew when index.ipynb is newer
 	$(BIN)/nbdev_docs
+
+normal: $(DEV)
+	$(BIN)/python .ci/check.py normal
 
 readme: $(DEV)
 	$(BIN)/python .ci/check.py readme

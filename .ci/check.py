@@ -1,12 +1,16 @@
-"""Every check of the project; ends with the line 'N passed, N failed'.
+"""Every check of the project, then every page; ends with the line 'N passed, N failed'.
 
-python .ci/check.py          all checks
+python .ci/check.py          all checks and pages
 python .ci/check.py readme   write README.md from nbs/index.ipynb
+python .ci/check.py normal   format, clean and export the pages, in the form in which they are stored
 """
 
 import ast
 import graphlib
+import importlib
+import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -14,6 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
+import traceback
+import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,10 +42,16 @@ LAYERS = [  # imports run down this list only, from a line to itself or to a lin
 STORY = ["00_data", "01_clip_backbone", "02_clustering", "03_memory_loss", "04_train", "05_eval_viz"]
 MAX_PAGES, MAX_MODULE = 64, 400  # pages in all, lines of a module
 MAX_CELLS, MAX_SOURCE = 60, 400  # of a page of the story
+SLOW = (  # pages that take longest, started first; the others follow by size of the file
+    "experiments/05_survival cli/02_main cli/04_tools training/04_processes 04_train experiments/00_recipes "
+    "experiments/02_per_camera labels/07_sharded inference/00_extract results/06_compare synthetic/02_tiny_clip"
+).split()
+LIBRARIES = "matplotlib.pyplot open_clip pandas sklearn.cluster timm torch torchvision tqdm.auto umap nbdev.test".split()
 
 
-def run(*cmd, cwd=ROOT, **env):
-    return subprocess.run([str(c) for c in cmd], cwd=cwd, env=os.environ | env, text=True, capture_output=True)
+def run(*cmd, cwd=ROOT, **kwargs):
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # while nbdev tests a page it exports nothing
+    return subprocess.run([str(c) for c in cmd], cwd=cwd, env=env, text=True, capture_output=True, **kwargs)
 
 
 def failed(done):
@@ -45,15 +59,26 @@ def failed(done):
     return (done.stdout + done.stderr).strip() or "failed" if done.returncode else ""
 
 
-def differences(copy, pattern):
-    "Files of a copy that are not as they are here"
-    here, there = ({p.relative_to(r): p.read_bytes() for p in r.glob(pattern)} for r in (ROOT, copy))
-    return [str(p) for p in sorted(here.keys() | there.keys()) if here.get(p) != there.get(p)]
+# ---- Pages and modules
 
 
 def pages(root=ROOT):
     "Notebooks of the project, in order"
     return [p for p in sorted((root / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+
+
+def page_name(page, root=ROOT):
+    "core/05_neighbours"
+    return page.relative_to(root / "nbs").with_suffix("").as_posix()
+
+
+def cells_of(page):
+    return json.loads(page.read_text())["cells"]
+
+
+def markdown(page):
+    "The text of a page"
+    return "\n\n".join("".join(c["source"]) for c in cells_of(page) if c["cell_type"] == "markdown") + "\n"
 
 
 def modules():
@@ -62,23 +87,58 @@ def modules():
     return {".".join(f.relative_to(ROOT / "pclclip_nb").with_suffix("").parts): f for f in found if f.name[0] != "_"}
 
 
+# ---- Stored form
+
+
+def differences(copy, pattern):
+    "Files of a copy that differ from those here"
+    here, there = ({p.relative_to(r): p.read_bytes() for p in r.glob(pattern)} for r in (ROOT, copy))
+    return [str(p) for p in sorted(here.keys() | there.keys()) if here.get(p) != there.get(p)]
+
+
 def clean_and_in_sync(copy):
     "Run nbdev's cleaner and exporter on a copy; nothing may change"
     bad = failed(run(BIN / "nbdev_clean", cwd=copy))
-    if changed := differences(copy, "nbs/**/*.ipynb"): bad += f"not clean (run nbdev_clean): {changed}"
+    if changed := differences(copy, "nbs/**/*.ipynb"): bad += f"not clean (run make normal): {changed}"
     for f in (copy / "pclclip_nb").rglob("*.py"):
         if f.name != "__init__.py": f.unlink()
     bad += failed(run(BIN / "nbdev_export", cwd=copy))
-    if changed := differences(copy, "pclclip_nb/**/*.py"): bad += f"not in sync (run nbdev_export): {changed}"
+    if changed := differences(copy, "pclclip_nb/**/*.py"): bad += f"not in sync (run make normal): {changed}"
     return bad
 
 
-def normal_form():
-    "Notebooks are stored as JupyterLab saves them, so that saving one changes only what was edited"
+def as_saved(page):
+    "Text of a notebook as JupyterLab writes it"
     import nbformat
 
-    bad = [str(p.relative_to(ROOT)) for p in pages() if p.read_text() != nbformat.writes(nbformat.read(p, as_version=4)) + "\n"]
-    return f"not as JupyterLab saves them (open and save, or run make normal): {bad}" if bad else ""
+    return nbformat.writes(nbformat.read(page, as_version=4)) + "\n"
+
+
+def normal_form():
+    "Pages are stored as JupyterLab saves and nbdev_clean cleans them, so that a save changes only what was edited"
+    bad = [page_name(p) for p in pages() if p.read_text() != as_saved(p)]
+    return f"not in normal form (run make normal): {bad}" if bad else ""
+
+
+def normal(root=ROOT):
+    "Bring all pages into the normal form and export them; the error of the first command that fails"
+    for command in (["ruff", "format", "-q", "nbs"], ["nbdev_clean"]):
+        if bad := failed(run(BIN / command[0], *command[1:], cwd=root)): return bad
+    for page in pages(root):
+        if page.read_text() != (text := as_saved(page)): page.write_text(text)
+    return failed(run(BIN / "nbdev_export", cwd=root))
+
+
+def readme():
+    "index.ipynb as Markdown, its links pointing into nbs/"
+    return re.sub(r"\]\((?!https?:|#)([^)]+)\)", r"](nbs/\1)", markdown(ROOT / "nbs/index.ipynb"))
+
+
+def readme_in_sync():
+    return "" if (ROOT / "README.md").read_text() == readme() else "README.md differs from nbs/index.ipynb: run make readme"
+
+
+# ---- Layout
 
 
 def layout():
@@ -86,7 +146,7 @@ def layout():
     bad = []
     if len(pages()) > MAX_PAGES: bad.append(f"{len(pages())} pages, at most {MAX_PAGES}")
     for name in STORY:
-        cells = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"]
+        cells = cells_of(ROOT / f"nbs/{name}.ipynb")
         lines = sum(len("".join(c["source"]).splitlines()) for c in cells if c["cell_type"] == "code")
         if len(cells) > MAX_CELLS or lines > MAX_SOURCE:
             bad.append(f"{name}: {len(cells)} cells and {lines} source lines, at most {MAX_CELLS} and {MAX_SOURCE}")
@@ -96,7 +156,7 @@ def layout():
 
 
 def own_imports(name, file, known):
-    "(module of ours, names) of every import in a file, those inside functions too"
+    "(module of ours, name) of every import in a file, those inside functions too"
     package = name.split(".")[:-1]
     for node in ast.walk(ast.parse(file.read_text())):
         if not isinstance(node, ast.ImportFrom): continue
@@ -109,10 +169,16 @@ def own_imports(name, file, known):
             yield (whole, "") if whole in known else (".".join(path), alias.name)
 
 
+def circle(graph, what):
+    try: list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as e: return [f"a circle of {what}: {' -> '.join(e.args[1])}"]
+    return []
+
+
 def imports_and_layers():
-    "Relative imports only, no private name of another module, down the layers only, no circles between packages"
+    "Relative imports only, no private name of another module, down the layers only, no circles of modules or packages"
     rank = {unit: i for i, line in enumerate(LAYERS) for unit in line.split()}
-    known, bad, edges = modules(), [], {}
+    known, bad, packages, graph = modules(), [], {}, {}
     for name, file in known.items():
         if re.search(r"(?m)^\s*(from|import) pclclip_nb\b", file.read_text()): bad.append(f"{name}: an absolute import of the package")
         unit = name.split(".")[0]
@@ -120,102 +186,234 @@ def imports_and_layers():
         for module, what in own_imports(name, file, known):
             if what.startswith("_"): bad.append(f"{name}: {what} is private to {module}")
             if module not in known: bad.append(f"{name}: {module}.{what} is not in a module"); continue
+            graph.setdefault(name, set()).add(module)
             below = module.split(".")[0]
             if below == unit: continue
-            edges.setdefault(unit, set()).add(below)
+            packages.setdefault(unit, set()).add(below)
             if rank.get(below, 0) > rank.get(unit, 0): bad.append(f"{name}: imports {module}, which lies above it")
-    try: list(graphlib.TopologicalSorter(edges).static_order())
-    except graphlib.CycleError as e: bad.append(f"a circle of packages: {' -> '.join(e.args[1])}")
+    return "\n".join(bad + circle(packages, "packages") + circle(graph, "modules"))
+
+
+# ---- The documentation site
+
+
+def sidebar():
+    "_quarto.yml lists every page once, in the order of the numbers within a section"
+    import yaml
+
+    contents = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
+    sections = [part["contents"] if isinstance(part, dict) else [part] for part in contents]
+    listed = [name.removesuffix(".ipynb") for section in sections for name in section]
+    there = {page_name(p) for p in pages()}
+    bad = [f"not in the sidebar: {name}" for name in sorted(there - set(listed))]
+    bad += [f"in the sidebar, but no page: {name}" for name in sorted(set(listed) - there)]
+    bad += [f"twice in the sidebar: {name}" for name in sorted({n for n in listed if listed.count(n) > 1})]
+    return "\n".join(bad + [f"not in order: {s}" for s in sections if s != sorted(s)])
+
+
+def pictures():
+    "Every page has a picture, drawn by a cell or from nbs/images: the site shows what is stored"
+    def number(page):
+        drawn = sum("image/png" in o.get("data", {}) for c in cells_of(page) for o in c.get("outputs", []))
+        return drawn + markdown(page).count("![")
+
+    bare = [page_name(p) for p in pages() if not number(p)]
+    return f"pages without a picture: {bare}" if bare else ""
+
+
+def formulas():
+    "pandoc, the program inside quarto, sets every formula as MathML, which browsers draw without a network"
+    pandoc = ["pandoc"] if shutil.which("pandoc") else ["quarto", "pandoc"] if shutil.which("quarto") else None
+    if not pandoc: return ""
+    def mathml(text):
+        done = run(*pandoc, "-t", "html", "--mathml", input=text)
+        return done.stdout.count("<math"), done.stderr + failed(done)
+
+    if "could not convert" not in mathml(r"$\unheard{of}$")[1].lower(): return "pandoc does not report an unknown command"
+    made = {page_name(p): mathml(markdown(p)) for p in pages()}
+    bad = [f"{name}: {error}" for name, (_, error) in made.items() if error]
+    if (n := sum(n for n, _ in made.values())) < 500: bad.append(f"only {n} formulas found")
     return "\n".join(bad)
 
 
-def readme():
-    "index.ipynb as Markdown, its links pointing into nbs/"
-    cells = json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"]
-    text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown") + "\n"
-    return re.sub(r"\]\((?!https?:|#)([^)]+)\)", r"](nbs/\1)", text)
+def entries():
+    "Every public function and class has what its entry on the site is made of: a docstring of one line, a comment for each argument"
+    toy = "def f(\n    x,  # (N,) numbers\n    y,\n    a=1,  # these two as in `g`\n    b=2,\n) -> int:\n    return x + y\n"
+    if missing_in(toy) != ["f: docstring", "f: y", "f: result"]: return f"found {missing_in(toy)} in the toy"
+    return "\n".join(f"{name}: {gap}" for name, file in modules().items() for gap in missing_in(file.read_text()))
 
 
-def readme_in_sync():
-    return "" if (ROOT / "README.md").read_text() == readme() else "README.md differs from nbs/index.ipynb: run make readme"
+def missing_in(source):
+    "What is missing in the entries of a module's public functions and classes"
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
+    return [gap for node in ast.parse(source).body if is_public(node) for gap in missing_of(node, comments)]
 
 
-FORKED = """
-import contextlib, importlib, io, os, sys, traceback
-import matplotlib.pyplot, open_clip, pandas, sklearn.cluster, timm, torch, torchvision, tqdm.auto, umap
-for name in sys.argv[1:]:
-    if os.fork(): os.wait(); continue
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try: importlib.import_module(f"pclclip_nb.{name}")
-        except BaseException: traceback.print_exc()
-    if said.getvalue(): print(f"{name}: {said.getvalue()}")
-    sys.stdout.flush(); os._exit(0)
-"""
+def is_public(node):
+    return isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
 
 
-def fresh_imports():
-    "Every module imports by itself and prints nothing; those without torch do so in a process that has not loaded it"
-    names = list(modules())
-    done = run(sys.executable, "-W", "error::SyntaxWarning", "-c", FORKED, *names)
-    bad = [done.stdout + done.stderr] if done.returncode or done.stdout or done.stderr else []
-    for name in WITHOUT_TORCH:
-        done = run(sys.executable, "-c", f"import sys, pclclip_nb.{name}; sys.exit('torch' in sys.modules)")
-        if done.returncode: bad.append(f"{name}: {done.stderr or 'imports torch'}")
-    return "\n".join(bad)
+def missing_of(node, comments):
+    gaps = [] if (ast.get_docstring(node) or "\n").count("\n") == 0 else ["docstring"]
+    if isinstance(node, ast.FunctionDef):
+        gaps += missing_arguments(node, comments) + missing_result(node, comments)
+    else:
+        methods = [m for m in node.body if isinstance(m, ast.FunctionDef)]
+        gaps += [gap for m in methods if is_public(m) for gap in missing_of(m, comments)]
+        gaps += [gap for m in methods if m.name == "__init__" for gap in missing_arguments(m, comments)]
+        if any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+            fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and not f.target.id.startswith("_")]
+            gaps += [f.target.id for f in fields if not {f.lineno, f.end_lineno} & comments.keys()]
+    return [f"{node.name}: {gap}" for gap in gaps]
 
 
-def headings(nb):
-    "Anchors of a processed page"
-    text = []
-    for c in nb["cells"]:
-        if c["cell_type"] == "markdown": text.append("".join(c["source"]))
-        for o in c.get("outputs", []): text.append("".join(o.get("data", {}).get("text/markdown", "")))
-    text = "\n".join(text)
-    names = {re.sub(r"[^\w\- .]", "", h.strip()).lower().replace(" ", "-") for h in re.findall(r"(?m)^#+ (.+)$", text)}
-    return names | {a.lower() for a in re.findall(r"\{#([^}\s]+)", text)}, text
+def missing_arguments(function, comments):
+    "Arguments without a comment; 'these two' in a comment covers the next argument too"
+    a, gaps, covered = function.args, [], 0
+    for x in [*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])]:
+        comment = " ".join(comments.get(line, "") for line in range(x.lineno, x.end_lineno + 1))
+        counts = [n for n, words in ((4, "these four"), (3, "these three"), (2, "these two"), (1, "#")) if words in comment]
+        covered = max([covered - 1, *counts])
+        if covered <= 0 and x.arg not in ("self", "cls"): gaps.append(x.arg)
+    return gaps
 
 
-def docs(copy):
-    "Process the pages as the site does, then follow every internal link"
-    bad = failed(run(sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs()", cwd=copy))
-    if bad: return bad
-    site = {page_name(p.relative_to(copy / "_proc")): headings(json.loads(p.read_text())) for p in (copy / "_proc").rglob("*.ipynb")}
-    broken, n = [], 0
-    for name, (_, text) in site.items():
-        for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"(?s)```.*?```", "", text)):
-            if re.match(r"https?:|mailto:|data:", link): continue
-            n += 1
-            path, _, anchor = link.partition("#")
-            target = Path(os.path.normpath(path[1:] if path.startswith("/") else Path(name).parent / path)) if path else Path(name)
-            page = page_name(target)
-            if path and not path.endswith((".ipynb", ".html")):
-                if not (copy / "nbs" / target).exists(): broken.append(f"{name}: {link}")
-            elif page not in site or anchor and anchor.lower() not in site[page][0]: broken.append(f"{name}: {link}")
-            elif path.endswith(".ipynb") and not (copy / "nbs" / target).exists(): broken.append(f"{name}: {link}")
-    return "\n".join(broken) if broken else "" if n > 20 else f"only {n} internal links found: is the package installed?"
+def missing_result(function, comments):
+    result = function.returns
+    if isinstance(result, ast.Constant) or any(ast.unparse(d) == "property" for d in function.decorator_list): return []
+    if {result and result.end_lineno, function.body[0].lineno - 1} & comments.keys(): return []
+    gives = any(isinstance(n, (ast.Return, ast.Yield)) and n.value is not None for n in ast.walk(function))
+    return ["result"] if gives else []
 
 
-def page_name(path):
+def site_name(path):
     "core/05_neighbours.ipynb -> core/neighbours, the name of a page on the site"
     return (path.parent / re.sub(r"^\d+_", "", path.stem)).as_posix()
 
 
-def notebooks():
-    "Run every notebook as a test; (name, error, seconds) of each as it ends, the longest first"
-    from concurrent.futures import ProcessPoolExecutor, as_completed
+def text_and_anchors(page):
+    "Text of a processed page, and the anchors that its headings become"
+    outputs = [o.get("data", {}).get("text/markdown", "") for c in cells_of(page) for o in c.get("outputs", [])]
+    text = "\n".join([markdown(page), *map("".join, outputs)])
+    anchors = {re.sub(r"[^\w\- .]", "", h.strip()).lower().replace(" ", "-") for h in re.findall(r"(?m)^#+ (.+)$", text)}
+    return text, anchors | {a.lower() for a in re.findall(r"\{#([^}\s]+)", text)}
 
+
+def docs(copy):
+    "Process the pages as the site does, then follow every internal link, to the heading"
+    bad = failed(run(sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs()", cwd=copy))
+    if bad: return bad
+    site = {site_name(p.relative_to(copy / "_proc")): text_and_anchors(p) for p in (copy / "_proc").rglob("*.ipynb")}
+
+    def leads_somewhere(name, link):
+        path, _, anchor = link.partition("#")
+        if not path: return not anchor or anchor.lower() in site[name][1]
+        target = Path(os.path.normpath(path[1:] if path.startswith("/") else Path(name).parent / path))
+        if not path.endswith(".html") and not (copy / "nbs" / target).exists(): return False
+        if not path.endswith((".html", ".ipynb")): return True
+        return site_name(target) in site and (not anchor or anchor.lower() in site[site_name(target)][1])
+
+    links = [
+        (name, link)
+        for name, (text, _) in site.items()
+        for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"(?s)```.*?```", "", text))
+        if not re.match(r"https?:|mailto:|data:", link)
+    ]
+    if len(links) < 200: return f"only {len(links)} internal links found: is the package installed?"
+    return "\n".join(f"{name}: {link}" for name, link in links if not leads_somewhere(name, link))
+
+
+# ---- Running modules and pages
+
+
+def in_own_process(function, *args):
+    "Run function(*args) in a process that has the libraries loaded and nothing of ours: (passed, what it printed, seconds)"
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(LIBRARIES)
+    with tempfile.NamedTemporaryFile() as file:
+        process = server.Process(target=print_into, args=(file.name, function, *args))
+        began = time.perf_counter()
+        process.start()
+        process.join()
+        seconds = time.perf_counter() - began
+        text = Path(file.name).read_text(errors="replace").strip()
+    if process.exitcode < 0: text += f"\nkilled by signal {-process.exitcode}"
+    return process.exitcode == 0, text, seconds
+
+
+def print_into(file, function, *args):
+    "Call a function with its output in a file; the process ends with status 1 unless the result is true"
+    out = os.open(file, os.O_WRONLY)
+    for stream in (1, 2): os.dup2(out, stream)
+    try: good = function(*args)
+    except BaseException: good = traceback.print_exc()
+    sys.stdout.flush()
+    sys.exit(not good)
+
+
+def import_module(name):
+    warnings.simplefilter("error", SyntaxWarning)
+    return importlib.import_module(name)
+
+
+NO_TORCH = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(f"pclclip_nb.{name}")
+    if "torch" in sys.modules: sys.exit(f"{name} imports torch")
+"""
+
+
+def fresh_imports():
+    "Every module imports by itself and prints nothing; those in WITHOUT_TORCH do not import torch"
+    bad = []
+    for name in modules():
+        good, text, _ = in_own_process(import_module, f"pclclip_nb.{name}")
+        if text or not good: bad.append(f"{name}: {text}")
+    return "\n".join(bad) + failed(run(sys.executable, "-c", NO_TORCH, *WITHOUT_TORCH))
+
+
+def test_page(page):
+    "Run the cells of a page, without those that have a flag of tst_flags"
     from nbdev.config import get_config
-    from nbdev.doclinks import nbglob
     from nbdev.test import test_nb
 
-    cfg = get_config()
-    files = sorted((f.absolute() for f in nbglob(as_path=True)), key=lambda f: -f.stat().st_size)
-    with ProcessPoolExecutor(2) as pool:
-        jobs = {pool.submit(test_nb, f, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path): f for f in files}
+    return test_nb(page, skip_flags=get_config().tst_flags.split(), basepath=ROOT)[0]
+
+
+def test_pages(names):
+    "Run pages, two at a time, each in its own process; (name, error, seconds) of each as it ends"
+    with ThreadPoolExecutor(2) as two:
+        jobs = {two.submit(in_own_process, test_page, ROOT / f"nbs/{name}.ipynb"): name for name in names}
         for job in as_completed(jobs):
-            ok, seconds = job.result()
-            yield str(jobs[job].relative_to(ROOT / "nbs")), "" if ok else "see above", seconds
+            passed, printed, seconds = job.result()
+            yield jobs[job], "" if passed else printed or "failed", seconds
+
+
+def slow_first():
+    "Names of all pages, in the order in which they are started"
+    size = {page_name(p): p.stat().st_size for p in pages()}
+    return sorted(size, key=lambda name: (name not in SLOW, -size[name]))
+
+
+def checks(copy):
+    "The checks in the order in which they run; each returns what is wrong, or ''"
+    return {
+        "pages clean, exports in sync": lambda: clean_and_in_sync(copy),
+        "pages in normal form": normal_form,
+        "README in sync": readme_in_sync,
+        "layout and sizes": layout,
+        "imports and layers": imports_and_layers,
+        "ruff check": lambda: failed(run(BIN / "ruff", "check", "-q", ".")),
+        "ruff format": lambda: failed(run(BIN / "ruff", "format", "-q", "--check", "nbs")),
+        "imports in a fresh process": fresh_imports,
+        "sidebar complete": sidebar,
+        "a picture on every page": pictures,
+        "formulas as MathML": formulas,
+        "entries of public names": entries,
+        "docs processed, internal links": lambda: docs(copy),
+    }
 
 
 def main():
@@ -229,30 +427,20 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp) / "copy"
         shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".venv", "runs", "_proc", "_docs", ".git", "*cache*"))
-        checks = {
-            "notebooks clean, exports in sync": lambda: clean_and_in_sync(copy),
-            "notebooks in normal form": normal_form,
-            "layout and sizes": layout,
-            "imports and layers": imports_and_layers,
-            "README in sync": readme_in_sync,
-            "ruff check": lambda: failed(run(BIN / "ruff", "check", "-q", ".")),
-            "ruff format": lambda: failed(run(BIN / "ruff", "format", "-q", "--check", "nbs")),
-            "imports in a fresh process": fresh_imports,
-            "docs processed, internal links": lambda: docs(copy),
-        }
-        for name, check in checks.items():
-            t0 = time.perf_counter()
-            record(name, check(), time.perf_counter() - t0)
-    total, began = 0, time.perf_counter()
-    for name, error, seconds in notebooks():
+        for name, check in checks(copy).items():
+            began = time.perf_counter()
+            record(name, check(), time.perf_counter() - began)
+    began, total = time.perf_counter(), 0
+    for name, error, seconds in test_pages(slow_first()):
         record(name, error, seconds)
         total += seconds
-    print(f"pages: {total / 60:.1f} minutes in all, {(time.perf_counter() - began) / 60:.1f} in two processes")
+    print(f"pages: {total / 60:.1f} minutes in all, {(time.perf_counter() - began) / 60:.1f} with two at a time")
     print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
     return int(not all(results))
 
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    if sys.argv[1:] == ["readme"]: (ROOT / "README.md").write_text(readme())
-    else: sys.exit(main())
+    commands = {"readme": lambda: (ROOT / "README.md").write_text(readme()) and "", "normal": normal}
+    if len(sys.argv) > 1: sys.exit(commands[sys.argv[1]]() or 0)
+    sys.exit(main())
