@@ -214,7 +214,8 @@ def save_epoch(
     epoch: EpochState,  # trained
 ) -> None:
     "Write labels and weights of an epoch; also the best weights, if the score named by `best` is the highest so far"
-    cfg, folder = run.cfg, run.folder
+    cfg = run.cfg
+    folder = run.folder
     features = torch.empty(0, 0) if epoch.features is None else epoch.features
     rows = keep_rows(run.images, cfg.keep_features, cfg.seed)[: len(features)]
     arrays = {"labels": epoch.labels, "rows": rows, "features": features[rows].half().numpy()}
@@ -326,7 +327,8 @@ def save_step(
     stop: StopRequest | None = None,  # None = never stop
 ) -> None:
     "After a step: save if a checkpoint is due, and exit if the process was asked to stop"
-    step, every = len(losses), run.cfg.checkpoint_steps
+    step = len(losses)
+    every = run.cfg.checkpoint_steps
     agreeing = stop is not None and (run.process.n == 1 or step % 10 == 0)
     asked = agreeing and run.process.any(stop.asked)
     if asked or every and step % every == 0:

@@ -75,12 +75,11 @@ def run_features(
     "Features of all images, by the network in evaluation mode"
     n_source = 0 if run.source is None else len(run.source)
     images = run_images(run, slice(0, n_source) if source else slice(n_source, None))
-    process = run.process
-    size = min(run.cfg.batch_size, -(-len(images) // process.n))  # at least one batch for every process
+    size = min(run.cfg.batch_size, -(-len(images) // run.process.n))  # at least one batch for every process
     norm = getattr(run.backbone, "norm", "imagenet")
-    loader = test_loader(images, size, norm, run.cfg.workers, run.device, (process.rank, process.n))
+    loader = test_loader(images, size, norm, run.cfg.workers, run.device, (run.process.rank, run.process.n))
     feats = extract_features(run.backbone, loader, run.cfg.feature_precision, progress)
-    return gather_batches(feats, len(images), size, process)
+    return gather_batches(feats, len(images), size, run.process)
 
 # %% ../../nbs/training/07_epoch_inputs.ipynb #49229372
 def epoch_features(
@@ -240,7 +239,8 @@ def epoch_loader(
         augment = Augment(getattr(run.backbone, "norm", "imagenet"), cfg.fill)
         sampler = epoch_sampler(run, epoch.labels)
         run.loader = train_loader(run_images(run), sampler, augment, cfg.workers, run.device, run.stepper.share)
-    labels, sampler = epoch.labels, run.loader.batch_sampler
+    labels = epoch.labels
+    sampler = run.loader.batch_sampler
     if cfg.clusterer != "pids":
         labels = sampler_labels(labels, cfg)
         of_clusters = sampler if run.source is None else sampler.target

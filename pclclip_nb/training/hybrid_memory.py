@@ -21,7 +21,8 @@ def row_classes(
 ) -> Tensor:  # (n_sources + N,) int64 class of every row, 0..C-1
     "Number source classes, clusters and lone images in one go"
     labels = torch.as_tensor(labels).long()
-    alone, counts = labels < 0, labels[labels >= 0].bincount()
+    alone = labels < 0
+    counts = labels[~alone].bincount()
     if (counts == 0).any():
         raise ValueError(f"labels skip cluster {(counts == 0).nonzero()[0].item()}: relabel to 0..C-1 first")
     own = torch.where(alone, len(counts) + alone.cumsum(0) - 1, labels)
@@ -67,7 +68,8 @@ class HybridMemory(nn.Module):
             raise ValueError(f"{shapes} must be (N, d) and (n_s, d): take both from the same backbone")
         rows = torch.cat([sources, features]).detach()
         check_finite(rows)
-        self.momentum, self.temp = momentum, temp
+        self.momentum = momentum
+        self.temp = temp
         self.n_sources = len(sources)
         self.register_buffer("rows", at_least_float32(rows))
         self.register_buffer("classes", torch.arange(len(rows), device=rows.device))

@@ -45,7 +45,9 @@ class IdentityHead(nn.Module):
         super().__init__()
         if id_loss < 0 or triplet < 0 or id_loss + triplet == 0:
             raise ValueError(f"id_loss = {id_loss} and triplet = {triplet}: weights of 0 or more, one of them above 0")
-        self.id_loss, self.smoothing, self.triplet = id_loss, smoothing, triplet
+        self.id_loss = id_loss
+        self.smoothing = smoothing
+        self.triplet = triplet
         self.classifier = nn.Linear(d, n_ids, bias=False) if id_loss else None
         if id_loss:
             nn.init.normal_(self.classifier.weight, std=0.001)

@@ -108,7 +108,9 @@ class Stepper:
         process: Processes | None = None,  # the current process; None = a single one
         halves: bool = False,  # batches are two domains, one after the other
     ):
-        self.backbone, self.head, self.optimizer = backbone, head, optimizer
+        self.backbone = backbone
+        self.head = head
+        self.optimizer = optimizer
         self.accumulate = accumulate
         self.halves = halves
         self.process = process or Processes()
@@ -188,7 +190,8 @@ def __call__(
 ) -> tuple[Tensor, Tensor]:  # loss before the step, 0-dim, and (B, d) features without gradient, on the device
     "One step of the optimiser"
     positions = self.part_rows(len(labels)).reshape(self.accumulate, -1)
-    loss, feats = 0.0, []
+    loss = 0.0
+    feats = []
     self.optimizer.zero_grad(set_to_none=True)
     for i, part in enumerate(images.chunk(self.accumulate)):
         last = i + 1 == self.accumulate
