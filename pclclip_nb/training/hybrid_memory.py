@@ -9,18 +9,20 @@ __all__ = ['row_classes', 'class_means', 'HybridMemory']
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from ..memory_loss import _refuse_nonfinite, _sent, running_update
+from ..memory_loss import at_least_float32, check_finite, running_update, send_to
 
 # %% ../../nbs/training/01_hybrid_memory.ipynb #a18c85f7
 def row_classes(
-    labels,  # (N,) pseudo labels 0..n-1, negative = a class of its own; tensor or numpy array
+    labels: "Tensor | ArrayLike",  # (N,) pseudo labels 0..n-1, negative = a class of its own
     n_sources: int = 0,  # source classes, each a row before those of the images
 ) -> Tensor:  # (n_sources + N,) int64 class of every row, 0..C-1
     "Number source classes, clusters and lone images in one go"
     labels = torch.as_tensor(labels).long()
-    alone, counts = labels < 0, labels[labels >= 0].bincount()
+    alone = labels < 0
+    counts = labels[~alone].bincount()
     if (counts == 0).any():
         raise ValueError(f"labels skip cluster {(counts == 0).nonzero()[0].item()}: relabel to 0..C-1 first")
     own = torch.where(alone, len(counts) + alone.cumsum(0) - 1, labels)
@@ -29,22 +31,22 @@ def row_classes(
 # %% ../../nbs/training/01_hybrid_memory.ipynb #1ee34c76
 def class_means(
     rows: Tensor,  # (n, d) unit rows
-    classes: Tensor,  # (n,) int64 class of every row, on the CPU or beside the rows; each of 0..C-1 has one
+    classes: Tensor,  # (n,) int64 class of every row, on the CPU or the device of `rows`; each of 0..C-1 has one
 ) -> Tensor:  # (C, d) means, of length up to 1
     "Mean row of each class"
     counts = classes.bincount()
-    sums = rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, _sent(classes, rows.device), rows)
-    return sums / _sent(counts, rows.device)[:, None]
+    sums = rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, send_to(classes, rows.device), rows)
+    return sums / send_to(counts, rows.device)[:, None]
 
-# %% ../../nbs/training/01_hybrid_memory.ipynb #358c2a88
-def _remake(memory, *_):
-    "What follows from rows and classes: classes, rows by class and where each class begins (CPU), and the means"
+# %% ../../nbs/training/01_hybrid_memory.ipynb #84ad15d8
+def _index_classes(memory, *_):
+    "Set what follows from rows and classes: classes, rows by class, start of each class (all on the CPU), and the means"
     memory._classes = memory.classes.cpu()
     memory._by_class = memory._classes.argsort(stable=True)
     memory._starts = [0, *memory._classes.bincount().cumsum(0).tolist()]
     memory.centroids = class_means(memory.rows, memory._classes)
 
-
+# %% ../../nbs/training/01_hybrid_memory.ipynb #358c2a88
 class HybridMemory(nn.Module):
     "A row per source class and per target image: `loss` compares a batch with the class means, `update` moves the rows"
 
@@ -65,34 +67,39 @@ class HybridMemory(nn.Module):
             shapes = f"features {tuple(features.shape)} and sources {tuple(sources.shape)}"
             raise ValueError(f"{shapes} must be (N, d) and (n_s, d): take both from the same backbone")
         rows = torch.cat([sources, features]).detach()
-        _refuse_nonfinite(rows)
-        self.momentum, self.temp, self.n_sources = momentum, temp, len(sources)
-        self.register_buffer("rows", rows.to(torch.promote_types(rows.dtype, torch.float32)))
+        check_finite(rows)
+        self.momentum = momentum
+        self.temp = temp
+        self.n_sources = len(sources)
+        self.register_buffer("rows", at_least_float32(rows))
         self.register_buffer("classes", torch.arange(len(rows), device=rows.device))
         self.register_buffer("centroids", None, persistent=False)
-        self.register_load_state_dict_post_hook(_remake)
-        _remake(self)
+        self.register_load_state_dict_post_hook(_index_classes)
+        _index_classes(self)
 
     @property
     def features(self) -> Tensor:  # (N, d) unit rows; a view, which `update` moves: clone to keep
         "Remembered features of the target images, to cluster them without a new extraction"
         return self.rows[self.n_sources :]
 
-    def set_labels(
-        self,
-        labels,  # (N,) pseudo labels of the target images, -1 = a class of its own; tensor or numpy array
-    ) -> None:  # `classes` (n_s + N,) and `centroids` (C, d), the class means, are made anew
-        "Tell which images belong together, once per epoch"
-        if len(labels) != len(self.features):
-            raise ValueError(f"{len(labels)} labels for {len(self.features)} target images: give one label per image")
-        classes = row_classes(torch.as_tensor(labels).cpu(), self.n_sources)
-        self.classes = classes.to(self.rows.device)
-        _remake(self)
+# %% ../../nbs/training/01_hybrid_memory.ipynb #617e9fc1
+@patch
+def set_labels(
+    self: HybridMemory,
+    labels: "Tensor | ArrayLike",  # (N,) pseudo labels of the target images, -1 = a class of its own
+) -> None:  # `classes` (n_s + N,) and `centroids` (C, d), the class means, are computed again
+    "Set which images belong together, once per epoch"
+    if len(labels) != len(self.features):
+        raise ValueError(f"{len(labels)} labels for {len(self.features)} target images: give one label per image")
+    classes = row_classes(torch.as_tensor(labels).cpu(), self.n_sources)
+    self.classes = classes.to(self.rows.device)
+    _index_classes(self)
 
-# %% ../../nbs/training/01_hybrid_memory.ipynb #9fcf0e8b
+# %% ../../nbs/training/01_hybrid_memory.ipynb #54bd3080
 def _fitting_rows(feats, targets, memory):
     "The targets as int64 on the CPU, if they and the features fit the memory"
-    targets, (n, d) = targets.cpu().long(), memory.rows.shape
+    n, d = memory.rows.shape
+    targets = targets.cpu().long()
     if feats.ndim != 2 or not len(feats) or feats.shape[1] != d or targets.shape != feats.shape[:1]:
         raise ValueError(
             f"feats {tuple(feats.shape)} and targets {tuple(targets.shape)} must be (B, {d}) and (B,), B at least 1"
@@ -103,7 +110,7 @@ def _fitting_rows(feats, targets, memory):
         raise ValueError(f"targets hold {low if low < 0 else high}, need rows 0 to {n - 1}: {own}")
     return targets
 
-
+# %% ../../nbs/training/01_hybrid_memory.ipynb #9fcf0e8b
 @patch
 def loss(
     self: HybridMemory,
@@ -114,14 +121,15 @@ def loss(
     targets = _fitting_rows(feats, targets, self)
     with torch.autocast(feats.device.type, enabled=False):
         logits = feats.to(self.rows.dtype) @ self.centroids.T / self.temp
-    classes, source = self._classes[targets], targets < self.n_sources
+    classes = self._classes[targets]
+    source = targets < self.n_sources
     if source.all() or not source.any():
-        return F.cross_entropy(logits, _sent(classes, logits.device))
-    parts = source.nonzero().flatten(), (~source).nonzero().flatten()
-    of_source, of_target = (
-        F.cross_entropy(logits[_sent(p, logits.device)], _sent(classes[p], logits.device)) for p in parts
-    )
-    return of_source + of_target
+        return F.cross_entropy(logits, send_to(classes, logits.device))
+    total = 0.0
+    for part in (source, ~source):
+        at = send_to(part.nonzero().flatten(), logits.device)
+        total = total + F.cross_entropy(logits[at], send_to(classes[part], logits.device))
+    return total
 
 # %% ../../nbs/training/01_hybrid_memory.ipynb #71ba2570
 @patch
@@ -129,17 +137,20 @@ def update(
     self: HybridMemory,
     feats: Tensor,  # (B, d) the features of the step
     targets: Tensor,  # (B,) and their rows
-    check: bool = True,  # False: never wait for the device; a batch that would be refused is passed over in silence
+    check: bool = True,  # False: never wait for the device; features that are not finite are ignored without an error
 ) -> None:  # `rows` and `centroids` change in place
-    "Move the rows, after `backward`; features that are not finite are refused and leave them as they were"
-    ids, place = _fitting_rows(feats, targets, self).unique(return_inverse=True)
-    feats, device = feats.detach(), self.rows.device
+    "Move the rows, after `backward`. Raises ValueError, and moves none, when a feature is not finite."
+    ids, places = _fitting_rows(feats, targets, self).unique(return_inverse=True)
+    feats = feats.detach()
+    device = self.rows.device
     if check:
-        _refuse_nonfinite(feats)
-    good, at = feats.isfinite().all(), _sent(ids, device)
-    self.rows[at] = torch.where(good, running_update(self.rows[at], feats, place, self.momentum), self.rows[at])
+        check_finite(feats)
+    good = feats.isfinite().all()
+    at = send_to(ids, device)
+    self.rows[at] = torch.where(good, running_update(self.rows[at], feats, places, self.momentum), self.rows[at])
     touched = self._classes[ids].unique()
     members = [self._by_class[self._starts[c] : self._starts[c + 1]] for c in touched.tolist()]
     ranks = torch.arange(len(touched)).repeat_interleave(torch.tensor([len(m) for m in members]))
-    means, at = class_means(self.rows[_sent(torch.cat(members), device)], ranks), _sent(touched, device)
+    means = class_means(self.rows[send_to(torch.cat(members), device)], ranks)
+    at = send_to(touched, device)
     self.centroids[at] = torch.where(good, means, self.centroids[at])

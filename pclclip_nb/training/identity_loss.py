@@ -10,17 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..memory_loss import at_least_float32
+
 # %% ../../nbs/training/02_identity_loss.ipynb #b33d3c86
 def soft_triplet(
     feats: Tensor,  # (B, d) embeddings with gradient, not normalised
-    labels: Tensor,  # (B,) int64 identities; on the CPU they cost no waiting for a GPU
+    labels: Tensor,  # (B,) int64 identities; on the CPU, so that no step waits for a GPU
 ) -> Tensor:  # scalar float32
-    "Soft-margin triplet loss with the hardest positive and negative of the batch. Raises ValueError for a batch of one identity."
+    "Soft-margin triplet loss on the hardest positive and negative of each image. Raises ValueError for a batch of one identity."
     if (labels == labels[0]).all():
         raise ValueError(f"all {len(labels)} images are of identity {labels[0].item()}: a triplet needs another one")
     labels = labels.to(feats.device, non_blocking=True)
     same = labels[:, None] == labels
-    feats = feats.to(torch.promote_types(feats.dtype, torch.float32))
+    feats = at_least_float32(feats)
     square = feats.pow(2).sum(1)
     with torch.autocast(feats.device.type, enabled=False):
         dist = (square[:, None] + square - 2 * feats @ feats.T).clamp(min=1e-12).sqrt()
@@ -43,7 +45,9 @@ class IdentityHead(nn.Module):
         super().__init__()
         if id_loss < 0 or triplet < 0 or id_loss + triplet == 0:
             raise ValueError(f"id_loss = {id_loss} and triplet = {triplet}: weights of 0 or more, one of them above 0")
-        self.id_loss, self.smoothing, self.triplet = id_loss, smoothing, triplet
+        self.id_loss = id_loss
+        self.smoothing = smoothing
+        self.triplet = triplet
         self.classifier = nn.Linear(d, n_ids, bias=False) if id_loss else None
         if id_loss:
             nn.init.normal_(self.classifier.weight, std=0.001)
@@ -54,7 +58,7 @@ class IdentityHead(nn.Module):
         neck: Tensor,  # (B, d) after it
         labels: Tensor,  # (B,) int64 identities in 0..C-1
     ) -> Tensor:  # scalar float32
-        "The weighted sum"
+        "The weighted sum of the losses"
         loss = pooled.new_zeros((), dtype=torch.float32)
         if self.id_loss:
             loss = loss + self.id_loss * F.cross_entropy(

@@ -18,15 +18,16 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/training/04_processes.ipynb #f3884e2d
 def batch_parts(
     n_images: int,  # B, images in a batch
-    parts: int,  # how many to make of it
+    parts: int,  # number of parts
     halves: bool = False,  # the batch is two domains, one after the other; every part gets both
-) -> np.ndarray:  # (parts, B / parts) int64 places in the batch
-    "Cut a batch into equal parts. Raises ValueError if that does not come out even."
+) -> np.ndarray:  # (parts, B / parts) int64 positions in the batch
+    "Cut a batch into equal parts. Raises ValueError when they cannot be equal."
     domains = 2 if halves else 1
     if n_images % (parts * domains):
         each = " and two domains" if halves else ""
@@ -41,96 +42,109 @@ def batch_parts(
 class Processes:
     "One of the processes that train together"
 
-    rank: int = 0  # which one, 0 to n - 1; 0 is the main one, which clusters, evaluates and writes
-    n: int = 1  # how many
-    local: int = 0  # which one on this machine
-    device: torch.device | None = None  # where it works; None = where its model is
+    rank: int = 0  # number of this process, 0 to n - 1; process 0 is the main one: it clusters, evaluates and writes
+    n: int = 1  # number of processes
+    local: int = 0  # number of this process on its machine
+    device: torch.device | None = None  # where it computes; None = the device of its model
 
-    def gather(
-        self,
-        x: Tensor,  # (b, ...) of the same shape everywhere
-    ) -> Tensor:  # (n*b, ...) in the order of the processes, on the device of `x`
-        "The rows of all processes, without gradient"
-        if self.n == 1:
-            return x
-        own = x.detach().to(self.device).contiguous()
-        rows = [torch.empty_like(own) for _ in range(self.n)]
-        dist.all_gather(rows, own)
-        return torch.cat(rows).to(x.device)
+# %% ../../nbs/training/04_processes.ipynb #a0d677a3
+@patch
+def gather(
+    self: Processes,
+    x: Tensor,  # (b, ...) of the same shape in every process
+) -> Tensor:  # (n*b, ...) in the order of the processes, on the device of `x`
+    "The rows of all processes, without gradient"
+    if self.n == 1:
+        return x
+    own = x.detach().to(self.device).contiguous()
+    rows = [torch.empty_like(own) for _ in range(self.n)]
+    dist.all_gather(rows, own)
+    return torch.cat(rows).to(x.device)
 
-    def join(
-        self,
-        feats: Tensor,  # (b, d) of the same shape everywhere
-    ) -> Tensor:  # (n*b, d) in the order of the processes
-        "The rows of all processes; the gradient of this one's is multiplied by n"
-        if self.n == 1:
-            return feats
-        rows, own = list(self.gather(feats).split(len(feats))), feats.view_as(feats)
-        if own.requires_grad:
-            own.register_hook(lambda grad: grad * self.n)
-        return torch.cat([*rows[: self.rank], own, *rows[self.rank + 1 :]])
+# %% ../../nbs/training/04_processes.ipynb #e974731f
+@patch
+def join(
+    self: Processes,
+    feats: Tensor,  # (b, d) of the same shape in every process
+) -> Tensor:  # (n*b, d) in the order of the processes
+    "The rows of all processes; the gradient of the current one's is multiplied by n"
+    if self.n == 1:
+        return feats
+    rows = list(self.gather(feats).split(len(feats)))
+    own = feats.view_as(feats)
+    if own.requires_grad:
+        own.register_hook(lambda grad: grad * self.n)
+    return torch.cat([*rows[: self.rank], own, *rows[self.rank + 1 :]])
 
-    def any(
-        self,
-        flag: bool,  # of this process
-    ) -> bool:  # whether one of them says so
-        "Agree on something to be done"
-        if self.n == 1:
-            return flag
-        return bool(self.gather(torch.tensor([flag], dtype=torch.int32)).any())
+# %% ../../nbs/training/04_processes.ipynb #27da20ab
+@patch
+def any(
+    self: Processes,
+    flag: bool,  # of the current process
+) -> bool:  # True in every process if it is in one
+    "Agree on a flag"
+    if self.n == 1:
+        return flag
+    return bool(self.gather(torch.tensor([flag], dtype=torch.int32)).any())
 
-    def from_main(
-        self,
-        make: Callable,  # called on the main process only, without arguments
-    ) -> object:  # what it returned, everywhere
-        "Do something once; if it fails, it fails everywhere"
-        if self.n == 1:
-            return make()
-        outcome = [None, None]
-        if self.rank == 0:
-            try:
-                outcome[0] = make()
-            except Exception as err:  # noqa: BLE001 - raised below, on every process
-                outcome[1] = err
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
-
-    def share_buffers(
-        self,
-        module: nn.Module,  # changed in place
-    ) -> None:
-        "Running statistics become those of the main process"
-        if self.n > 1:
-            for b in module.buffers():
-                dist.broadcast(b, src=0)
-
-    @contextmanager
-    def one_per_machine(self) -> Iterator[None]:  # a `with` block
-        "The first process of each machine does the block, then the others do it"
-        if self.n > 1 and self.local > 0:
-            dist.barrier()
+# %% ../../nbs/training/04_processes.ipynb #3489b226
+@patch
+def from_main(
+    self: Processes,
+    make: Callable,  # called on the main process only, without arguments
+) -> object:  # what it returned, in every process
+    "Call a function once. If it raises, every process raises the same."
+    if self.n == 1:
+        return make()
+    outcome = [None, None]
+    if self.rank == 0:
         try:
-            yield
-        finally:
-            if self.n > 1 and self.local == 0:
-                dist.barrier()
+            outcome[0] = make()
+        except Exception as err:  # noqa: BLE001 - raised below, on every process
+            outcome[1] = err
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+# %% ../../nbs/training/04_processes.ipynb #997074fd
+@patch
+def share_buffers(
+    self: Processes,
+    module: nn.Module,  # changed in place
+) -> None:
+    "Replace the buffers, such as running statistics, by those of the main process"
+    if self.n > 1:
+        for b in module.buffers():
+            dist.broadcast(b, src=0)
+
+# %% ../../nbs/training/04_processes.ipynb #7ee7ce9a
+@patch
+@contextmanager
+def one_per_machine(self: Processes) -> Iterator[None]:  # a `with` block
+    "The first process of each machine runs the block, then the others do"
+    if self.n > 1 and self.local > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if self.n > 1 and self.local == 0:
+            dist.barrier()
+
+# %% ../../nbs/training/04_processes.ipynb #4ad734b7
+def _close_group():
+    "Close the group of processes: threads of an open one can abort Python as it ends"
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 # %% ../../nbs/training/04_processes.ipynb #cc3b022d
-def processes() -> Processes:  # one alone, if there was no launcher
-    "Who this process is, as the launcher set it"
+def processes() -> Processes:  # a single one, if there was no launcher
+    "The current process, from the environment that the launcher set"
     started = "LOCAL_RANK" in os.environ or dist.is_initialized()
     if not started or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Processes()
     if not dist.is_initialized():
-        atexit.register(_leave)
+        atexit.register(_close_group)
     cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, timeout=timedelta(hours=12))
     return Processes(state.process_index, state.num_processes, state.local_process_index, state.device)
-
-
-def _leave():
-    "Close the group of processes: threads of one still open can abort Python as it ends"
-    if dist.is_initialized():
-        dist.destroy_process_group()
