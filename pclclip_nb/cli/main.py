@@ -23,7 +23,8 @@ from ..batches.loading import Files, test_loader
 from .flags import Parser, add_backbone, add_data, add_published, add_settings, make_backbone, parse
 from .flags import read_table, settings
 from ..clip_backbone import extract_features
-from ..data import SPECS, check_protocol, read_dataset
+from ..core.benchmarks import SPECS
+from ..data import check_protocol, read_dataset
 from ..eval_viz import evaluate, plot_cmc, plot_epochs, rank_gallery, show_strips
 from ..experiments.per_camera import train_cameras
 from ..experiments.recipes import compare_to_log, on_track, recipe_table

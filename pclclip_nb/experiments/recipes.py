@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ..backbones.create import create_backbone
-from ..data import SPECS
+from ..core.benchmarks import SPECS
 from .domain_adaptation import reset_necks
 from ..training.settings import TrainConfig
 

@@ -18,8 +18,7 @@ from torch.utils.data import Sampler
 from ..backbones.batch_norm import set_domain
 from ..batches.augmentation import Augment
 from ..batches.loading import Batches, Files, decoded, test_loader, train_loader
-from ..batches.pk_sampler import PKSampler
-from ..batches.samplers import IdentitySampler, JointSampler
+from ..batches.samplers import IdentitySampler, JointSampler, PKSampler
 from ..clip_backbone import extract_features
 from ..labels.camera_refinement import camera_entropy_weights
 from ..labels.health import cluster_report
