@@ -3,11 +3,11 @@
 python bench/evaluate.py          500 x 5,000 and 1,000 x 10,000, d = 768 (about a minute)
 python bench/evaluate.py --small  200 x 2,000 only
 python bench/evaluate.py --full   3,368 x 19,732, the size of Market-1501 (some minutes, 2 GB)
-python bench/evaluate.py --msmt   ours alone at 11,659 x 82,161, the size of MSMT17; memory beside the features
+python bench/evaluate.py --msmt   ours alone at 11,659 x 82,161, the size of MSMT17; memory without the features
 
 Four codes take turns: `sklearn` sorts the matrix twice and calls scikit-learn once per query (Cluster Contrast), `loop`
 sorts every row and sums precision at the right answers (torchreid, PCL-CLIP), both from a given matrix; `ours given D`
-and `ours`, which starts from the features and holds no matrix. Results go to bench/results/evaluate.json.
+starts from the same matrix, `ours` from the features, without a matrix. Results go to bench/results/evaluate.json.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import argparse
 import numpy as np
 from features import reid_features
 from measure import measure, store
+
+from pclclip_nb.eval_viz import evaluate, evaluate_distances
 
 
 def test_set(Q, G, d=768):
@@ -67,18 +69,6 @@ def by_loop(dist, q_pids, g_pids, q_camids, g_camids):
     return float(np.mean(aps)), float(np.mean(cmcs, axis=0)[0])
 
 
-def ours_given(dist, *ids):
-    from pclclip_nb.eval_viz import evaluate_distances
-
-    return evaluate_distances(dist, *ids)
-
-
-def ours(qf, gf, *ids):
-    from pclclip_nb.eval_viz import evaluate
-
-    return evaluate(qf, gf, *ids)
-
-
 def take_turns(codes, Q, G, repeats=3):
     "Rows for the results of (code, data) by name: each in turn, `repeats` rounds; the fastest round, the largest memory"
     best = {}
@@ -112,18 +102,19 @@ def main():
     args = parser.parse_args()
     data = test_set(60, 600)
     dist = distance_matrix(*data[:2])
-    for code in (ours, ours_given):  # compile
-        code(*(data if code is ours else (dist, *data[2:])))
+    evaluate(*data)  # compile
+    evaluate_distances(dist, *data[2:])
     sizes = [(200, 2000)] if args.small else [(3368, 19732)] if args.full else [(500, 5000), (1000, 10000)]
     for Q, G in [(11659, 82161)] if args.msmt else sizes:
         data = test_set(Q, G)
-        codes = {"ours": (ours, data)}
+        codes = {"ours": (evaluate, data)}
         if not args.msmt:
             _, seconds, mb = measure(distance_matrix, *data[:2])
             print(f"distance matrix alone: {seconds:.3f} s, {mb:.0f} MB")
             given = (distance_matrix(*data[:2]), *data[2:])
             codes |= {
-                n: (f, given) for n, f in (("ours given D", ours_given), ("sklearn", by_sklearn), ("loop", by_loop))
+                n: (f, given)
+                for n, f in (("ours given D", evaluate_distances), ("sklearn", by_sklearn), ("loop", by_loop))
             }
         rows = take_turns(codes, Q, G, repeats=1 if args.full or args.msmt else 3)
         report(rows)

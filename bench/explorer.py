@@ -14,8 +14,9 @@ import pandas as pd
 from PIL import Image
 
 from pclclip_nb.core.pictures import image_paths, thumbnail_sheets, tile_size
+from pclclip_nb.labels.reports import match_clusters, spread_colours
 from pclclip_nb.results.explorer import explorer_data, write_explorer
-from pclclip_nb.results.runs import match_clusters, read_run, run_layouts, spread_colours
+from pclclip_nb.results.runs import read_run, run_layouts
 
 
 def make_run(folder, N, E, d, per_id, seed=0):

@@ -1,10 +1,10 @@
-"""The histogram of pair distances against the matrix product it cannot do without: seconds and memory
+"""The histogram of pair distances against the matrix product that it contains: seconds and memory
 
 python bench/pair_distances.py              a tenth of MSMT17's queries and gallery
 python bench/pair_distances.py --full       11,659 × 82,161 × 768, and the 32,621 training images as one set
 
-Product and histogram take turns in one process; the best of each is told. Memory is the most that
-numpy held at once during one histogram, features left out.
+Product and histogram take turns in one process; the fastest of each is printed. Memory is the most that
+numpy held at once during one histogram, without the features.
 """
 
 import argparse
@@ -21,7 +21,8 @@ D, BLOCK = 768, 256
 def people(n, ids, cams, seed):
     "Unit features of n images, their persons and cameras"
     rng = np.random.default_rng(seed)
-    who, cam = rng.integers(0, ids, n), rng.integers(0, cams, n)
+    who = rng.integers(0, ids, n)
+    cam = rng.integers(0, cams, n)
     x = rng.standard_normal((n, D), dtype=np.float32)
     x += np.random.default_rng(0).standard_normal((ids, D), dtype=np.float32)[who]
     x /= np.linalg.norm(x, axis=1, keepdims=True)
@@ -48,7 +49,7 @@ def measure(name, histogram, alone, runs):
     times = [(seconds(alone), seconds(histogram)) for _ in range(runs)]
     gemm, ours = (min(t) for t in zip(*times, strict=True))
     print(
-        f"{name}: product {gemm:.2f} s, histogram {ours:.2f} s, {ours / gemm:.2f} times; {added:.0f} MB beside the features"
+        f"{name}: product {gemm:.2f} s, histogram {ours:.2f} s, {ours / gemm:.2f} times; {added:.0f} MB without the features"
     )
     print(f"  {result}, equal error {threshold_equal_error(result).false_match:.3f}", flush=True)
 

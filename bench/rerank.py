@@ -6,7 +6,7 @@ python bench/rerank.py --full    3,368 + 19,732, the size of Market-1501 (some m
 python bench/rerank.py --msmt    ours alone at 11,659 + 82,161, the size of MSMT17
 
 Both make the scores from the features: re-ranked distances, then mAP and CMC. The two take turns. Results go to
-bench/results/rerank.json, which page 02g_reranking draws.
+bench/results/rerank.json, which page core/07_reranking draws.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import argparse
 import numpy as np
 from evaluate import report, take_turns, test_set
 from measure import store
+
+from pclclip_nb.eval_viz import evaluate, evaluate_distances
 
 K1, K2, LAMBDA = 20, 6, 0.3
 
@@ -29,7 +31,8 @@ def dense_re_rank(qf, gf, power=2):
     import torch
 
     x = torch.from_numpy(np.concatenate([qf, gf]))
-    n, Q = len(x), len(qf)
+    n = len(x)
+    Q = len(qf)
     distance = torch.addmm(x.square().sum(1) + x.square().sum(1)[:, None], x, x.T, alpha=-2).clamp_(min=0).numpy()
     if power == 4:
         distance **= 2
@@ -40,9 +43,9 @@ def dense_re_rank(qf, gf, power=2):
     for i in range(n):
         own = members = mutual(rank, i, K1)
         for q in own:
-            friends = mutual(rank, q, round(K1 / 2))
-            if len(np.intersect1d(friends, own)) > 2 / 3 * len(friends):
-                members = np.append(members, friends)
+            near = mutual(rank, q, round(K1 / 2))
+            if len(np.intersect1d(near, own)) > 2 / 3 * len(near):
+                members = np.append(members, near)
         members = np.unique(members)
         weight = np.exp(-distance[i, members])
         v[i, members] = weight / weight.sum()
@@ -64,14 +67,10 @@ def dense_re_rank(qf, gf, power=2):
 
 def dense(qf, gf, *ids):
     "Re-ranked matrix, then its scores; those by our own count, so that the ratio is one of re-ranking"
-    from pclclip_nb.eval_viz import evaluate_distances
-
     return evaluate_distances(dense_re_rank(qf, gf), *ids)
 
 
 def ours(qf, gf, *ids):
-    from pclclip_nb.eval_viz import evaluate
-
     return evaluate(qf, gf, *ids, rerank=dict(k1=K1, k2=K2, lambda_value=LAMBDA))
 
 

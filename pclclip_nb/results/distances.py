@@ -7,13 +7,15 @@ __all__ = ['PairDistances', 'pair_distances', 'label_distances', 'Threshold', 't
            'threshold_false_match', 'threshold_best_f1', 'plot_distances']
 
 # %% ../../nbs/results/00_distances.ipynb #c140c2a2
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
 
-from ..core.arrays import check_features, to_numpy
+from ..core.arrays import check_features, check_ids, check_integers, check_pair
 from ..core.compute import compiled, in_blocks, row_blocks
 
 # %% ../../nbs/results/00_distances.ipynb #d60b19b2
@@ -36,7 +38,7 @@ def _count_pairs(dots, q2, g2, q_pids, g_pids, q_camids, g_camids, first, per_un
 # %% ../../nbs/results/00_distances.ipynb #f9fee01e
 @dataclass(frozen=True)
 class PairDistances:
-    "How far apart the pairs of one person are, and those of two"
+    "Histograms of the distances of the pairs of one person, and of two"
 
     n_same: int  # pairs of one person that count
     n_different: int  # pairs of two persons
@@ -44,23 +46,24 @@ class PairDistances:
     same: np.ndarray = field(repr=False)  # (bins,) int64 pairs of one person in each bin
     different: np.ndarray = field(repr=False)  # (bins,) int64 pairs of two persons
 
-
+# %% ../../nbs/results/00_distances.ipynb #df0562d5
 def _histogram(qf, gf, ids, bins, block, one_set):
     "All pairs of queries and gallery, or all pairs i < j of one set"
     if bins < 2 or block < 1:
         raise ValueError(f"bins = {bins} and block = {block}: give at least 2 bins and blocks of at least 1 query")
     q2, g2 = (np.einsum("nd,nd->n", x, x) for x in (qf, gf))
     far = float(np.sqrt(q2.max()) + np.sqrt(g2.max())) or 1.0
-    total, per_unit = np.zeros((2, bins), np.int64), np.float32(bins / far)
+    per_unit = np.float32(bins / far)
+    total = np.zeros((2, bins), np.int64)
     for rows in row_blocks(len(qf), block):
-        begin = rows.start if one_set else 0
-        dots = qf[rows] @ gf[begin:].T
+        columns = slice(rows.start if one_set else 0, None)
+        dots = qf[rows] @ gf[columns].T
         first = np.arange(1, len(dots) + 1) if one_set else np.zeros(len(dots), np.int64)
 
         def count(part):
             out = np.zeros_like(total)
-            own, theirs = slice(rows.start + part.start, rows.start + part.stop), slice(begin, None)
-            sides = [x[s] for x, s in zip((q2, g2, *ids), (own, theirs) * 3)]
+            queries = slice(rows.start + part.start, rows.start + part.stop)
+            sides = [x[s] for x, s in zip((q2, g2, *ids), (queries, columns) * 3)]
             _count_pairs(dots[part], *sides, first[part], per_unit, out)
             return out
 
@@ -69,45 +72,33 @@ def _histogram(qf, gf, ids, bins, block, one_set):
     return PairDistances(int(same.sum()), int(different.sum()), np.linspace(0, far, bins + 1), same, different)
 
 # %% ../../nbs/results/00_distances.ipynb #be36ecd9
-def _ids(x, n, name):
-    x = to_numpy(x)
-    if x.shape != (n,):
-        raise ValueError(f"{name} has shape {x.shape}: give one id per image, ({n},)")
-    if not np.issubdtype(x.dtype, np.integer):
-        raise ValueError(f"{name} holds {x.dtype}: give integers, -1 = unknown")
-    return x.astype(np.int64)
-
-
 def pair_distances(
-    qf,  # (Q, d) query features, numpy or torch, CPU or GPU
-    gf,  # (G, d) gallery features
-    q_pids,  # (Q,) identities of the queries, -1 = unknown: these pairs do not count
-    g_pids,  # (G,) identities of the gallery
-    q_camids,  # (Q,) cameras of the queries, -1 = unknown
-    g_camids,  # (G,) cameras of the gallery
+    qf: ArrayLike,  # (Q, d) query features, numpy or torch, CPU or GPU
+    gf: ArrayLike,  # (G, d) gallery features
+    q_pids: ArrayLike,  # (Q,) identities of the queries, -1 = unknown: these pairs do not count
+    g_pids: ArrayLike,  # (G,) identities of the gallery
+    q_camids: ArrayLike,  # (Q,) cameras of the queries, -1 = unknown
+    g_camids: ArrayLike,  # (G,) cameras of the gallery
     bins: int = 1000,  # bins from 0 to the largest distance there can be, 2 for unit rows
     block: int = 256,  # queries at a time; memory is block × G floats
 ) -> PairDistances:  # the counts of both kinds of pairs
-    "Histogram of the Euclidean distances of all pairs under the protocol of `evaluate`; ValueError on bad shapes, NaN"
-    qf, gf = check_features(qf, "qf"), check_features(gf, "gf")
-    if qf.shape[1] != gf.shape[1]:
-        raise ValueError(f"qf has d = {qf.shape[1]}, gf has {gf.shape[1]}: use the same embedding")
-    given = dict(q_pids=q_pids, g_pids=g_pids, q_camids=q_camids, g_camids=g_camids)
-    ids = [_ids(x, n, name) for (name, x), n in zip(given.items(), (len(qf), len(gf)) * 2)]
+    "Histogram of the Euclidean distances of all pairs under the protocol of `evaluate`. Raises ValueError as it does."
+    qf, gf = check_pair(qf, gf)
+    ids = check_ids(q_pids, g_pids, q_camids, g_camids, len(qf), len(gf))
     return _histogram(qf, gf, ids, bins, block, one_set=False)
 
 # %% ../../nbs/results/00_distances.ipynb #dfdba9ec
 def label_distances(
-    features,  # (N, d) features, numpy or torch
-    labels,  # (N,) pids or pseudo labels, -1 = unknown or outlier: these pairs do not count
-    camids=None,  # (N,) cameras, -1 = unknown; None: same-label pairs of one camera count too
+    features: ArrayLike,  # (N, d) features, numpy or torch
+    labels: ArrayLike,  # (N,) pids or pseudo labels, -1 = unknown or outlier: these pairs do not count
+    camids: ArrayLike | None = None,  # (N,) cameras, -1 = unknown; None: same-label pairs of one camera count too
     bins: int = 1000,  # as in `pair_distances`
     block: int = 256,  # images at a time
 ) -> PairDistances:  # the counts of both kinds of pairs
-    "Histogram of the distances of all pairs within one set, each pair once; ValueError on bad shapes, NaN"
+    "Histogram of the distances of all pairs within one set, each pair once. Raises ValueError on bad shapes, ids, NaN."
     x = check_features(features)
-    y = _ids(labels, len(x), "labels")
-    c = np.full(len(x), -1) if camids is None else _ids(camids, len(x), "camids")
+    y = check_integers(labels, len(x), "labels")
+    c = np.full(len(x), -1) if camids is None else check_integers(camids, len(x), "camids")
     return _histogram(x, x, (y, y, c, c), bins, block, one_set=True)
 
 # %% ../../nbs/results/00_distances.ipynb #cb8c773a
@@ -125,7 +116,7 @@ class Threshold:
 
 # %% ../../nbs/results/00_distances.ipynb #352f4eb6
 def _rates(pairs, prior):
-    "match, false match, precision, F1 at every border, and the prior"
+    "match, false match, precision, F1 at every border, (bins + 1,) each, and the prior"
     for n, kind in ((pairs.n_same, "one person"), (pairs.n_different, "two persons")):
         if n == 0:
             raise ValueError(f"no pair of {kind}: a threshold needs both kinds, check pids and camids")
@@ -133,22 +124,24 @@ def _rates(pairs, prior):
     if not 0 < prior < 1:
         raise ValueError(f"prior = {prior}: give the share of same-person pairs, above 0 and below 1")
     match, false = (np.r_[0, c.cumsum()] / c.sum() for c in (pairs.same, pairs.different))
-    right, taken = prior * match, prior * match + (1 - prior) * false
-    precision = np.divide(right, taken, out=np.full(len(taken), np.nan), where=taken > 0)
-    return match, false, precision, 2 * right / (prior + taken), prior  # F1 = 2 TP / (positives + taken)
+    right = prior * match
+    below = prior * match + (1 - prior) * false
+    precision = np.divide(right, below, out=np.full(len(below), np.nan), where=below > 0)
+    return match, false, precision, 2 * right / (prior + below), prior  # F1 = 2 TP / (positives + pairs below)
 
-
-def _at(rule, pairs, i, match, false, precision, f1, prior):
+# %% ../../nbs/results/00_distances.ipynb #376b88ad
+def _threshold(rule, pairs, i, match, false, precision, f1, prior):
+    "The `Threshold` at border i"
     return Threshold(rule, float(pairs.edges[i]), *map(float, (match[i], false[i], prior, precision[i], f1[i])))
 
-
+# %% ../../nbs/results/00_distances.ipynb #28c0fed9
 def threshold_at(
     pairs: PairDistances,  # from `pair_distances` or `label_distances`
     distance: float,  # moved to the nearest border of a bin
     prior: float | None = None,  # share of same-person pairs where it will be used; None = as counted
 ) -> Threshold:  # with the rates there
-    "What a threshold of your own does; ValueError if a kind of pairs is missing"
-    return _at("given", pairs, np.abs(pairs.edges - distance).argmin(), *_rates(pairs, prior))
+    "The rates of a given threshold. Raises ValueError if a kind of pairs is missing."
+    return _threshold("given", pairs, np.abs(pairs.edges - distance).argmin(), *_rates(pairs, prior))
 
 # %% ../../nbs/results/00_distances.ipynb #784e9ae9
 def threshold_equal_error(
@@ -157,53 +150,53 @@ def threshold_equal_error(
 ) -> Threshold:  # the error rate is its `false_match`
     "Where misses and false matches are equally frequent, or come closest; the lowest such border"
     match, false, *more = _rates(pairs, prior)
-    return _at("equal error", pairs, np.abs(1 - match - false).argmin(), match, false, *more)
+    return _threshold("equal error", pairs, np.abs(1 - match - false).argmin(), match, false, *more)
 
 # %% ../../nbs/results/00_distances.ipynb #34ef25d8
 def threshold_false_match(
     pairs: PairDistances,  # from `pair_distances` or `label_distances`
-    rate: float = 1e-3,  # largest share of different-person pairs taken for one person, 0 to 1
+    rate: float = 1e-3,  # largest share of different-person pairs below it, 0 to 1
     prior: float | None = None,  # for precision and F1 only; None = as counted
-) -> Threshold:  # its `match` says what is still found
-    "The largest threshold whose false-match rate is at most `rate`; ValueError if that is no share"
+) -> Threshold:  # its `match` is the share still found
+    "The largest threshold whose false-match rate is at most `rate`. Raises ValueError if that is no share."
     if not 0 <= rate < 1:
         raise ValueError(f"rate = {rate}: give a share of the different-person pairs, at least 0 and below 1")
     match, false, *more = _rates(pairs, prior)
     best = np.flatnonzero(false <= rate)[-1]
-    return _at(f"false match {rate:g}", pairs, best, match, false, *more)
+    return _threshold(f"false match {rate:g}", pairs, best, match, false, *more)
 
 # %% ../../nbs/results/00_distances.ipynb #86597aa6
 def threshold_best_f1(
     pairs: PairDistances,  # from `pair_distances` or `label_distances`
     prior: float | None = None,  # share of same-person pairs where it will be used; None = as counted
-) -> Threshold:  # of several the lowest
+) -> Threshold:  # of equals the lowest
     "The threshold with the highest F1 at the prior"
     match, false, precision, f1, prior = _rates(pairs, prior)
-    return _at("best F1", pairs, f1.argmax(), match, false, precision, f1, prior)
+    return _threshold("best F1", pairs, f1.argmax(), match, false, precision, f1, prior)
 
 # %% ../../nbs/results/00_distances.ipynb #000b3b0a
-def _coarse(counts, edges, n):
+def _wider_bins(counts, edges, n):
     "Share of the pairs in each of n wider bins, and their borders"
     step = -(-len(counts) // n)
     shares = np.add.reduceat(counts, np.arange(0, len(counts), step)) / max(counts.sum(), 1)
     return shares, np.r_[edges[:-1:step], edges[-1]]
 
-
+# %% ../../nbs/results/00_distances.ipynb #6c025bcf
 def plot_distances(
     pairs: PairDistances,  # from `pair_distances` or `label_distances`
-    thresholds: list = (),  # `Threshold`s, drawn as lines
+    thresholds: Sequence[Threshold] = (),  # `Threshold`s, drawn as lines
     ax: Axes | None = None,  # where to draw; a new figure if None
 ) -> Axes:  # the axes
-    "Share of the pairs of one person and of two at each distance; the legend says what the thresholds do"
+    "Share of the pairs of one person and of two at each distance; the legend lists the rates of the thresholds"
     ax = plt.subplots(figsize=(4, 2.9), dpi=72)[1] if ax is None else ax
     held = np.flatnonzero(pairs.same + pairs.different)
     held = slice(held[0], held[-1] + 1) if len(held) else slice(None)
     edges = pairs.edges[held.start : None if held.stop is None else held.stop + 1]
     for counts, colour, label in ((pairs.different, "#d1394b", "different"), (pairs.same, "#2e9e5b", "same person")):
-        ax.stairs(*_coarse(counts[held], edges, 50), fill=True, alpha=0.5, color=colour, label=label)
+        ax.stairs(*_wider_bins(counts[held], edges, 50), fill=True, alpha=0.5, color=colour, label=label)
     for t, style in zip(thresholds, ("-", "--", ":", "-.") * len(thresholds)):
-        told = f"{t.rule}, {t.distance:.2f}: {t.match:.0%} found, {t.false_match:.2%} false"
-        ax.axvline(t.distance, color="#333333", lw=1.2, ls=style, label=told)
+        name = f"{t.rule}, {t.distance:.2f}: {t.match:.0%} found, {t.false_match:.2%} false"
+        ax.axvline(t.distance, color="#333333", lw=1.2, ls=style, label=name)
     ax.set(xlabel="distance", ylabel="share of its pairs", yticks=[])
     ax.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     ax.spines[["top", "right", "left"]].set_visible(False)

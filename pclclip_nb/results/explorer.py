@@ -20,8 +20,9 @@ import traitlets
 
 from ..core.files import write_whole
 from ..core.pictures import ACROSS, DOWN, image_paths, jpeg, thumbnail, thumbnail_sheets, tile_size
-from ..labels.label_lists import changed_clusters, mixed_clusters, split_identities
-from .runs import Run, epoch_caption, match_clusters, read_run, run_layouts, spread_colours
+from ..labels.reports import changed_clusters, epoch_caption, match_clusters, mixed_clusters
+from ..labels.reports import split_identities, spread_colours
+from .runs import Run, read_run, run_layouts
 
 # %% ../../nbs/results/05_explorer.ipynb #ed3f4292
 _TOP = 100  # entries of a list

@@ -10,48 +10,54 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
 
 from ..core.arrays import check_ids, check_pair
 from ..core.compute import compiled, single_threaded
-from ..eval_viz import _count, _distance_rows, _parts, _same_person
+from ..core.ranking import count_hits, distance_rows, person_ranges, query_blocks
+
+# %% ../../nbs/results/02_protocols.ipynb #3746f6e6
+def _pair_table(q_camids, cams, ap, first):
+    "A row for each pair of cameras, from (cameras, Q) AP and first rank of every query in every camera's gallery"
+    rows = []
+    for a in np.unique(q_camids):
+        for b, cam_ap, cam_first in zip(cams, ap, first, strict=True):
+            if a != b or a < 0:
+                valid = (q_camids == a) & (cam_first > 0)
+                n = int(valid.sum())
+                mAP = cam_ap[valid].mean() if n else np.nan
+                r1 = (cam_first[valid] == 1).mean() if n else np.nan
+                rows.append((int(a), int(b), n, mAP, r1))
+    return pd.DataFrame(rows, columns=["query_cam", "gallery_cam", "queries", "mAP", "R1"])
 
 # %% ../../nbs/results/02_protocols.ipynb #83a4650d
 def camera_pairs(
-    qf,  # (Q, d) query features, numpy or torch
-    gf,  # (G, d) gallery features
-    q_pids,  # (Q,) identities of the queries
-    g_pids,  # (G,) identities of the gallery
-    q_camids,  # (Q,) cameras of the queries, -1 = unknown
-    g_camids,  # (G,) cameras of the gallery, -1 = unknown
+    qf: ArrayLike,  # (Q, d) query features, numpy or torch
+    gf: ArrayLike,  # (G, d) gallery features
+    q_pids: ArrayLike,  # (Q,) identities of the queries
+    g_pids: ArrayLike,  # (G,) identities of the gallery
+    q_camids: ArrayLike,  # (Q,) cameras of the queries, -1 = unknown
+    g_camids: ArrayLike,  # (G,) cameras of the gallery, -1 = unknown
     block: int = 256,  # queries at a time
     rerank: bool | dict = False,  # as in `evaluate`
 ) -> pd.DataFrame:  # a row for each pair: query_cam, gallery_cam, queries that count, mAP, R1 (nan where none counts)
-    "mAP and rank 1 from each camera to each other; raises ValueError on bad shapes and NaN"
+    "mAP and rank 1 from each camera to each other. Raises ValueError on bad shapes, ids and NaN."
     qf, gf = check_pair(qf, gf)
     q_pids, g_pids, q_camids, g_camids = check_ids(q_pids, g_pids, q_camids, g_camids, len(qf), len(gf))
-    cams, distances = np.unique(g_camids), _distance_rows(qf, gf, rerank)
-    own = [np.flatnonzero(g_camids == c) for c in cams]
-    where = [_same_person(q_pids, g_pids[cols]) for cols in own]
+    cams = np.unique(g_camids)
+    distances = distance_rows(qf, gf, rerank)
+    columns = [np.flatnonzero(g_camids == c) for c in cams]
+    ranges = [person_ranges(q_pids, g_pids[cols]) for cols in columns]
     ap, inp, first = (np.full((len(cams), len(qf)), x) for x in (np.nan, np.nan, 0))
 
     def work(rows):
         dist = distances(rows)
-        for c, cols in enumerate(own):
-            _count(dist.take(cols, 1), rows.start, *where[c], q_camids, g_camids[cols], ap[c], inp[c], first[c])
+        for c, cols in enumerate(columns):
+            ids = *ranges[c], q_camids, g_camids[cols]
+            count_hits(dist.take(cols, 1), rows.start, *ids, ap[c], inp[c], first[c])
 
-    single_threaded(work, _parts(len(qf), block))
+    single_threaded(work, query_blocks(len(qf), block))
     return _pair_table(q_camids, cams, ap, first)
-
-
-def _pair_table(q_camids, cams, ap, first):
-    rows = []
-    for a in np.unique(q_camids):
-        for c, b in enumerate(cams):
-            if a != b or a < 0:
-                valid = (q_camids == a) & (first[c] > 0)
-                mAP, r1 = (ap[c][valid].mean(), (first[c][valid] == 1).mean()) if valid.any() else (np.nan, np.nan)
-                rows.append((int(a), int(b), int(valid.sum()), mAP, r1))
-    return pd.DataFrame(rows, columns=["query_cam", "gallery_cam", "queries", "mAP", "R1"])
 
 # %% ../../nbs/results/02_protocols.ipynb #8ac4d228
 def plot_camera_pairs(
@@ -73,67 +79,71 @@ def plot_camera_pairs(
     ax.title.set_fontsize(9)
     return ax
 
-# %% ../../nbs/results/02_protocols.ipynb #4c498fea
+# %% ../../nbs/results/02_protocols.ipynb #33969832
 @compiled
-def _allowed(order, start, stop, cam, same_only, g_camids, can):
-    "Collect the images start..stop-1 of `order` that may be drawn in `can`: -> how many"
+def _drawable(order, start, stop, cam, leave_out, g_camids, can):
+    "Fill `can` with the images order[start:stop] that may be drawn for a query of camera `cam`; returns how many"
     n = 0
     for e in range(start, stop):
-        if not (same_only and cam >= 0 and g_camids[order[e]] == cam):
+        if not (leave_out and cam >= 0 and g_camids[order[e]] == cam):
             can[n] = order[e]
             n += 1
     return n
 
-
+# %% ../../nbs/results/02_protocols.ipynb #4c498fea
 @compiled
-def _draw_ranks(dist, first_q, order, bounds, own, draws, other_cameras, q_camids, g_camids, ranks):
-    "Fill ranks[trial, query] for the queries from first_q on: the place of the right image among one image of each person"
-    can, mine = np.empty(order.shape[0], np.int64), np.empty(draws.shape[0], np.int64)
+def _draw_ranks(dist, first_q, order, bounds, person, draws, other_cameras, q_camids, g_camids, ranks):
+    "Fill ranks[trial, query] for the queries from first_q on: rank of the right image among one image of each person"
+    can = np.empty(order.shape[0], np.int64)
+    right = np.empty(draws.shape[0], np.int64)
     for r in range(dist.shape[0]):
-        q, d = first_q + r, dist[r]
-        p = own[q]
-        n = _allowed(order, bounds[p], bounds[p + 1], q_camids[q], True, g_camids, can) if p >= 0 else 0
+        q = first_q + r
+        p = person[q]
+        n = _drawable(order, bounds[p], bounds[p + 1], q_camids[q], True, g_camids, can) if p >= 0 else 0
         if n == 0:
             continue
         for t in range(draws.shape[0]):
-            mine[t] = can[int(draws[t, p] * n)]
+            right[t] = can[int(draws[t, p] * n)]
             ranks[t, q] = 1
         for s in range(bounds.shape[0] - 1):
             if s != p:
-                n = _allowed(order, bounds[s], bounds[s + 1], q_camids[q], other_cameras, g_camids, can)
+                n = _drawable(order, bounds[s], bounds[s + 1], q_camids[q], other_cameras, g_camids, can)
                 for t in range(draws.shape[0] if n else 0):
-                    j, i = can[int(draws[t, s] * n)], mine[t]
-                    ranks[t, q] += d[j] < d[i] or (d[j] == d[i] and j < i)
+                    j = can[int(draws[t, s] * n)]
+                    i = right[t]
+                    ranks[t, q] += dist[r, j] < dist[r, i] or (dist[r, j] == dist[r, i] and j < i)
 
 # %% ../../nbs/results/02_protocols.ipynb #9fd6e50a
 def single_shot(
-    qf,  # (Q, d) query features, numpy or torch
-    gf,  # (G, d) gallery features
-    q_pids,  # (Q,) identities of the queries
-    g_pids,  # (G,) identities of the gallery; all images of one number are one person, -1 too
-    q_camids,  # (Q,) cameras of the queries, -1 = unknown
-    g_camids,  # (G,) cameras of the gallery, -1 = unknown
+    qf: ArrayLike,  # (Q, d) query features, numpy or torch
+    gf: ArrayLike,  # (G, d) gallery features
+    q_pids: ArrayLike,  # (Q,) identities of the queries
+    g_pids: ArrayLike,  # (G,) identities of the gallery; all images of one number are one person, -1 too
+    q_camids: ArrayLike,  # (Q,) cameras of the queries, -1 = unknown
+    g_camids: ArrayLike,  # (G,) cameras of the gallery, -1 = unknown
     trials: int = 10,  # galleries drawn
     seed: int = 0,  # of the draws
     other_cameras: bool = False,  # leave out all images of the query's camera, not only the person's own
     block: int = 256,  # queries at a time
 ) -> pd.DataFrame:  # a row for each trial: mAP, R1, R5, R10, R20; .mean() is the score
-    "Scores with one gallery image of each person, drawn at random; raises ValueError where no query has an answer"
+    "Scores with one gallery image of each person, drawn at random. Raises ValueError where no query has an answer."
     qf, gf = check_pair(qf, gf)
     q_pids, g_pids, *cams = check_ids(q_pids, g_pids, q_camids, g_camids, len(qf), len(gf))
     if trials < 1:
         raise ValueError(f"trials = {trials} must be at least 1: the published number is 10")
-    persons, own = np.unique(g_pids, return_inverse=True)
-    order, bounds = np.argsort(own, kind="stable"), np.concatenate([[0], np.bincount(own).cumsum()])
-    own = np.searchsorted(persons, q_pids).clip(max=len(persons) - 1)
-    own = np.where((persons[own] == q_pids) & (q_pids >= 0), own, -1)
-    draws, ranks = np.random.default_rng(seed).random((trials, len(persons))), np.zeros((trials, len(qf)), np.int64)
-    distances = _distance_rows(qf, gf)
+    persons, number = np.unique(g_pids, return_inverse=True)
+    order = np.argsort(number, kind="stable")
+    bounds = np.concatenate([[0], np.bincount(number).cumsum()])
+    person = np.searchsorted(persons, q_pids).clip(max=len(persons) - 1)
+    person = np.where((persons[person] == q_pids) & (q_pids >= 0), person, -1)
+    draws = np.random.default_rng(seed).random((trials, len(persons)))
+    ranks = np.zeros((trials, len(qf)), np.int64)
+    distances = distance_rows(qf, gf)
 
     def work(rows):
-        _draw_ranks(distances(rows), rows.start, order, bounds, own, draws, other_cameras, *cams, ranks)
+        _draw_ranks(distances(rows), rows.start, order, bounds, person, draws, other_cameras, *cams, ranks)
 
-    single_threaded(work, _parts(len(qf), block))
+    single_threaded(work, query_blocks(len(qf), block))
     ranks = ranks[:, ranks[0] > 0]
     if not ranks.size:
         raise ValueError(f"none of the {len(qf)} queries has a right answer in another camera: check pids and camids")
