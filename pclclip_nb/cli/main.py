@@ -19,21 +19,22 @@ import torch
 from PIL import Image
 
 from ..backbones.create import load_backbone, load_published
-from ..experiments.per_camera import train_cameras
+from ..batches.loading import Files, test_loader
+from .flags import Parser, add_backbone, add_data, add_published, add_settings, make_backbone, parse
+from .flags import read_table, settings
 from ..clip_backbone import extract_features
 from ..data import SPECS, check_protocol, read_dataset
 from ..eval_viz import evaluate, plot_cmc, rank_gallery, show_strips
+from ..experiments.per_camera import train_cameras
+from ..experiments.recipes import recipe_table
+from ..experiments.tracking import compare_to_log, on_track
 from ..results.explorer import write_explorer
-from .flags import Parser, add_backbone, add_data, add_published, add_settings, make_backbone, parse
-from .flags import read_table, settings
-from ..batches.loading import Files, test_loader
-from ..training.processes import processes
-from ..experiments.recipes import compare_to_log, on_track, recipe_table
 from ..results.runs import epoch_caption, plot_epochs, plot_history, read_run, run_layouts
-from ..training.settings import TrainConfig
 from ..synthetic.people import make_synthetic_reid
 from ..synthetic.tiny_clip import tiny_backbone
 from ..train import EpochResult, train
+from ..training.processes import processes
+from ..training.settings import TrainConfig
 
 # %% ../../nbs/cli/02_main.ipynb #824c221c
 def _run(parser, argv, work):
