@@ -26,7 +26,8 @@ from ..clip_backbone import extract_features
 from ..data import SPECS, check_protocol, read_dataset
 from ..eval_viz import evaluate, plot_cmc, plot_epochs, rank_gallery, show_strips
 from ..experiments.per_camera import train_cameras
-from ..experiments.recipes import compare_to_log, on_track, recipe_table
+from ..experiments.recipes import recipe_table
+from ..experiments.tracking import compare_to_log, on_track
 from ..labels.reports import epoch_caption
 from ..results.explorer import write_explorer
 from ..results.runs import plot_history, read_run, run_layouts
