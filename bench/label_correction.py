@@ -18,8 +18,14 @@ from measure import store
 from torch import nn
 
 from pclclip_nb.clustering import jaccard_dbscan, relabel
-from pclclip_nb.labels.graph_correction import focal_loss, link_scores, neighbour_graph, parse_links, subgraphs
-from pclclip_nb.labels.graph_correction import train_edges
+from pclclip_nb.labels.graph_correction import (
+    focal_loss,
+    link_scores,
+    neighbour_graph,
+    parse_links,
+    subgraphs,
+    train_edges,
+)
 from pclclip_nb.labels.reports import label_scores
 
 N, D, IDS, CAMS = 12_936, 768, 751, 6
