@@ -45,10 +45,10 @@ def _listed_files(path, pattern):
 
 # %% ../../nbs/inference/00_extract.ipynb #794d9a31
 def image_list(
-    source: str | Path | list | pd.DataFrame,  # folder, image file, .csv, .txt, list of image files, or table with path
+    source: str | Path | list | pd.DataFrame,  # folder, image, .csv, .txt, list of images, or table with path
     pattern: str | None = None,  # folder only, see `pclclip_nb.data.read_folder`
 ) -> pd.DataFrame:  # path (absolute), pid, camid (-1 = unknown), split
-    "One table of the images that a source names, each file once. Raises FileNotFoundError for a missing source, ValueError for an empty one."
+    "One table of the images of a source, each file once. Raises FileNotFoundError or ValueError if there is none."
     if isinstance(source, str | Path):
         source = _listed_files(Path(source).expanduser(), pattern)
     table = source if isinstance(source, pd.DataFrame) else pd.DataFrame({"path": [str(p) for p in source]})
@@ -62,9 +62,9 @@ def image_list(
 def open_weights(
     path: str | Path,  # best.safetensors of a run, or a published checkpoint
     size: tuple[int, int] | None = None,  # (H, W), published checkpoints only; None = the file's
-    **options,  # published checkpoints only: pooling, fusion, norm, …, see `pclclip_nb.backbones.create.load_published`
+    **options,  # published checkpoints only: pooling, norm, …, see `pclclip_nb.backbones.create.load_published`
 ) -> nn.Module:  # in evaluation mode; .report lists what a published file held
-    "The backbone a file holds. Raises ValueError for an unknown file, or for options that differ from those a file of ours stores."
+    "The backbone in a file. Raises ValueError for an unknown file, or for options other than a file of ours has."
     content = read_checkpoint(path)
     if not content.get("metadata", {}).get("name"):
         backbone, backbone.report = load_published(content, size, **options)
@@ -130,7 +130,7 @@ def _remove_temporary_files(folder):
 
 # %% ../../nbs/inference/00_extract.ipynb #c648a976
 def _open_folder(folder, backbone, settings, listed):
-    "The note of a folder, made at the first call. Raises ValueError for a folder of other images or another network."
+    "The note of a folder, made at the first call. Raises ValueError for other images or another network."
     note = folder / "gallery.json"
     if not note.is_file():
         if foreign := [n for n in _FILES if (folder / n).exists()]:
@@ -138,7 +138,8 @@ def _open_folder(folder, backbone, settings, listed):
         folder.mkdir(parents=True, exist_ok=True)
         save_json(note, settings | {"listed": len(listed), "done": False})
     then = json.loads(note.read_text())
-    words = [f"{k} {then.get(k)} then, {v} now" for k, v in settings.items() if k != "chunk" and then.get(k) != v]
+    changed = [k for k, v in settings.items() if k != "chunk" and then.get(k) != v]
+    words = [f"{k} {then.get(k)} then, {settings[k]} now" for k in changed]
     if (folder / "listed.csv").is_file():
         known = pd.read_csv(folder / "listed.csv", dtype={"path": str, "split": str})
         words += [f"images: {w}" for w in [_list_changes(known, listed)] if w]
@@ -153,7 +154,7 @@ def _open_folder(folder, backbone, settings, listed):
 
 # %% ../../nbs/inference/00_extract.ipynb #240d382c
 def _readable_batches(paths, rows, backbone, batch_size, pool, skip_bad, bad, progress):
-    "Pairs of (B, 3, H, W) images and their (B,) rows; appends unreadable rows to `bad`, or raises their ValueError"
+    "Pairs of (B, 3, H, W) images and (B,) rows; unreadable rows are added to `bad`, or raise ValueError"
     augment = Augment(getattr(backbone, "norm", "imagenet"))
 
     def load(batch):
@@ -234,7 +235,8 @@ def _join_parts(folder, parts, listed, note):
 
     def write(tmp):
         with open(tmp, "wb") as f:
-            np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": (len(rows), d)})
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(rows), d)}
+            np.lib.format.write_array_header_1_0(f, header)
             for part in parts:
                 f.write(_read_part(part, "features")[0].astype("<f4").tobytes())
 
@@ -242,10 +244,12 @@ def _join_parts(folder, parts, listed, note):
     columns = ["path", "pid", "camid", "split"]
     write_whole(folder / "images.csv", lambda tmp: listed.loc[rows, columns].to_csv(tmp, index=False))
     problems = dict(check_images(listed.loc[bad]).to_numpy())
-    skipped = pd.DataFrame({"path": listed.path[bad], "problem": [problems.get(p, "no RGB") for p in listed.path[bad]]})
+    skipped = listed.loc[bad, ["path"]]
+    skipped["problem"] = [problems.get(p, "no RGB") for p in skipped.path]
     write_whole(folder / "skipped.csv", lambda tmp: skipped.to_csv(tmp, index=False))
     features = np.load(folder / "features.npy", mmap_mode="r")
-    save_json(folder / "gallery.json", note | {"done": True, "n": len(rows), "d": d, "features": digest(features)})
+    done = {"done": True, "n": len(rows), "d": d, "features": digest(features)}
+    save_json(folder / "gallery.json", note | done)
 
 # %% ../../nbs/inference/00_extract.ipynb #9ca0ecda
 def _check_readable(listed):
@@ -286,7 +290,7 @@ def extract(
     chunk: int = 1024,  # c, images in a part: what a kill can cost
     progress: bool = False,  # show a bar
 ) -> Gallery:  # features, images, skipped
-    "Features of a list of images; a second call resumes a killed one. Raises ValueError for bad images, and for a folder of others."
+    "Features of images; a second call resumes a killed one. Raises ValueError for bad images, or a folder of others."
     if min(batch_size, chunk) < 1:
         raise ValueError(f"batch_size {batch_size}, chunk {chunk}: both must be at least 1")
     folder = Path(folder).expanduser()

@@ -98,8 +98,8 @@ def nearest(
     index: "faiss.Index",  # from `open_index`
     features: "ArrayLike",  # (Q, d) unit rows of the queries, any kind of array
     k: int,  # answers each; at most N come
-) -> tuple[np.ndarray, np.ndarray]:  # (Q, k) float32 cosines, largest first; (Q, k) int64 rows, -1 where none was found
-    "The most similar rows of a gallery. Raises ValueError for features of another length, or when k is below 1."
+) -> tuple[np.ndarray, np.ndarray]:  # (Q, k) float32 cosines, largest first; (Q, k) int64 rows, -1 = none
+    "The most similar rows of a gallery. Raises ValueError for features of another length, or k below 1."
     features = check_features(features, "query features")
     if features.shape[1] != index.d:
         raise ValueError(f"query features have d = {features.shape[1]}, the gallery {index.d}: use its network")
@@ -168,14 +168,14 @@ def search(
     | list
     | pd.DataFrame,  # what `pclclip_nb.inference.extract.image_list` takes: image, folder, list
     topk: int = 10,  # k, answers per query
-    min_similarity: float | None = None,  # cosine below which nothing is an answer, in [-1, 1]; None = no limit
+    min_similarity: float | None = None,  # smallest cosine of an answer, in [-1, 1]; None = no limit
     keep_same: bool = False,  # keep the query's own file and its copies, marked in the column same_file
     index: str = "flat",  # "flat" (exact) or "hnsw"
     backbone: nn.Module | None = None,  # e.g. on a GPU; None = the gallery's own weights
     workers: int = 4,  # threads that read images
     progress: bool = False,  # show a bar
-) -> pd.DataFrame:  # query, rank (from 1), path, similarity, pid, camid, query_pid (missing = unknown), same_file
-    "The gallery's images most like each query. Raises ValueError for an unreadable query or a foreign backbone."
+) -> pd.DataFrame:  # query, rank from 1, path, similarity, pid, camid, query_pid, same_file
+    "The gallery's images most like each query. Raises ValueError for an unreadable query or another backbone."
     if topk < 1 or min_similarity is not None and not -1 <= min_similarity <= 1:
         raise ValueError(f"topk {topk}, min_similarity {min_similarity}: at least 1, and a cosine in [-1, 1]")
     gallery = gallery if isinstance(gallery, Gallery) else open_gallery(gallery)
@@ -186,7 +186,8 @@ def search(
     blocks = []
     for q, (rows, cosines, same) in enumerate(answers):
         m = cosines >= (-2 if min_similarity is None else min_similarity)
-        block = gallery.images.loc[rows[m], ["path", "pid", "camid"]].assign(similarity=cosines[m], same_file=same[m])
+        block = gallery.images.loc[rows[m], ["path", "pid", "camid"]]
+        block = block.assign(similarity=cosines[m], same_file=same[m])
         block = block.assign(rank=np.arange(1, m.sum() + 1)) if m.any() else pd.DataFrame({"rank": [0]})
         blocks.append(block.assign(query=table.path[q], query_pid=table.pid[q]))
     return _answer_table(pd.concat(blocks, ignore_index=True))
@@ -219,10 +220,12 @@ body {{ font: 13px/1.35 system-ui, sans-serif; margin: 1.5em; color: #222; backg
 section {{ display: flex; flex-wrap: wrap; gap: 8px; padding: 10px 0; border-top: 1px solid #ddd }}
 figure {{ margin: 0; width: {width}px; text-align: center }}
 figure.query {{ margin-right: 14px }}
-img, .gone {{ height: {height}px; max-width: 100%; object-fit: contain; border: 3px solid; box-sizing: border-box }}
+img, .gone {{ height: {height}px; max-width: 100%; object-fit: contain }}
+img, .gone {{ border: 3px solid; box-sizing: border-box }}
 .gone {{ display: flex; align-items: center; justify-content: center; color: #999 }}
 figcaption b {{ display: block }}
-figcaption span {{ display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; color: #777; font-size: 11px }}
+figcaption span {{ display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }}
+figcaption span {{ color: #777; font-size: 11px }}
 </style></head><body><h1>{title}</h1><p>{summary}</p>
 {rows}
 </body></html>
@@ -268,8 +271,7 @@ def result_sheet(
     groups = list(found.groupby("query", sort=False))
     rows = [_sheet_row(query, answers, image_tag) for query, answers in groups[:most]]
     summary = f"{len(groups)} queries" + (f", the first {most} are shown" if len(groups) > most else "")
-    page = _PAGE.format(
-        title=html.escape(title), summary=summary, rows="\n".join(rows), width=max(96, height // 2 + 20), height=height
-    )
+    shape = dict(width=max(96, height // 2 + 20), height=height)
+    page = _PAGE.format(title=html.escape(title), summary=summary, rows="\n".join(rows), **shape)
     write_whole(path, lambda tmp: tmp.write_text(page, encoding="utf-8"))
     return path

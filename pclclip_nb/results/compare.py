@@ -83,8 +83,9 @@ def _check_history(history, name):
     for c in history.columns:
         if (c in _NUMBERS or c.startswith("t_")) and not pd.api.types.is_numeric_dtype(history[c]):
             raise ValueError(f"{name}, column {c}, holds {history[c].iloc[0]!r}: give numbers")
-    if history.epoch.duplicated().any():
-        raise ValueError(f"{name} has epoch {history.epoch[history.epoch.duplicated()].iloc[0]} twice: mend it")
+    twice = history.epoch[history.epoch.duplicated()]
+    if len(twice):
+        raise ValueError(f"{name} has epoch {twice.iloc[0]} twice: mend it")
     return _scores_in_percent(history.sort_values("epoch", ignore_index=True))
 
 # %% ../../nbs/results/06_compare.ipynb #1fe260b3
@@ -131,9 +132,9 @@ def _run_results(h, epochs):
 
 # %% ../../nbs/results/06_compare.ipynb #ac55c6e6
 def compare_runs(
-    runs: Iterable[str | Path] | Mapping[str, str | Path],  # run folders, or {name: folder}; unfinished ones too
-) -> pd.DataFrame:  # a row per run: settings that differ, then results, scores in percent, seconds; unknown = nan
-    "What differs between runs, and their results; FileNotFoundError or ValueError names a folder that is no run"
+    runs: Iterable[str | Path] | Mapping[str, str | Path],  # run folders, or {name: folder}
+) -> pd.DataFrame:  # a row per run: settings that differ, results; scores in percent, unknown = nan
+    "Settings and results of runs; FileNotFoundError or ValueError names a folder that is no run"
     folders = _folders_by_name(runs)
     settings = {name: _run_settings(f) for name, f in folders.items()}
     results = {name: _run_results(_run_history(f), settings[name]["epochs"]) for name, f in folders.items()}
@@ -182,8 +183,8 @@ _PANELS |= {"loss": {"loss": "-"}, "ARI": {"ari": "-"}}
 
 def plot_runs(
     runs: Iterable[str | Path] | Mapping[str, str | Path],  # run folders, or {name: folder}
-    published: pd.DataFrame | None = None,  # a published log: epoch, and any of mAP, clusters, outliers, loss, ari
-    over: str | Sequence[str] = (),  # settings over which to average, such as ("seed",); empty = a curve per run
+    published: pd.DataFrame | None = None,  # a log: epoch, and any of mAP, clusters, outliers, loss, ari
+    over: str | Sequence[str] = (),  # settings to average over, such as ("seed",); empty = a curve per run
 ) -> Figure:  # mAP | clusters and outliers / loss | ARI; the legend lists the settings that differ
     "Several runs over each other, and over a published log"
     folders = _folders_by_name(runs)
@@ -219,9 +220,11 @@ def _experiments(table, over):
     for i, settings in enumerate(table[columns].to_dict("records")):
         groups.setdefault(settings_label(settings) or "all", []).append(i)
     for label, rows in groups.items():
-        again = table.iloc[rows][[c for c in over if c in table]].astype(str).agg("/".join, axis=1).duplicated()
-        if len(rows) > 1 and (again.any() or not set(over) & set(table)):
-            raise ValueError(f"{label}: {table.index[rows].tolist()} repeat a {' and '.join(over)}: leave one out")
+        seeds = table.iloc[rows][[c for c in over if c in table]].astype(str)
+        again = seeds.duplicated().any() if len(seeds.columns) else len(rows) > 1
+        if again:
+            names = table.index[rows].tolist()
+            raise ValueError(f"{label}: {names} repeat a {' and '.join(over)}: leave one out")
     same = {c: 0 for c in over if c not in table}  # all runs have one value of it
     return columns, {label: table.iloc[rows].assign(**same) for label, rows in groups.items()}
 
@@ -236,16 +239,16 @@ def _mean_and_sd(values, digits):
 def over_seeds(
     table: pd.DataFrame,  # from `compare_runs`
     over: str | Sequence[str] = ("seed",),  # settings in which runs of one experiment may differ
-) -> pd.DataFrame:  # a row per experiment: its settings, runs, those left out as unfinished, results as mean ± sd
+) -> pd.DataFrame:  # a row per experiment: settings, runs, unfinished ones left out, results as mean ± sd
     "Mean ± sd over the finished runs that differ by their seed only; ValueError if two have the same seed"
     columns, groups = _experiments(table, over)
-    names = [c for c in RESULTS[2:] if c in table]
+    digits = {c: 2 if c in ("ARI", "F") or c.startswith("s ") else 1 for c in RESULTS[2:] if c in table}
     rows = {}
     for label, group in groups.items():
         ended = group[group.done >= group.of]
         rows[label] = {c: group[c].iloc[0] for c in columns}
         rows[label] |= {"runs": len(ended), "unfinished": len(group) - len(ended)}
-        rows[label] |= {c: _mean_and_sd(ended[c], 2 if c in ("ARI", "F") or c.startswith("s ") else 1) for c in names}
+        rows[label] |= {c: _mean_and_sd(ended[c], n) for c, n in digits.items()}
     return pd.DataFrame(rows).T.rename_axis("experiment")
 
 # %% ../../nbs/results/06_compare.ipynb #b6293c36
@@ -253,7 +256,8 @@ def _verdict(gain):
     "better, worse, equal or too few seeds, for (n,) gains"
     if len(gain) < 3:
         return "too few seeds"
-    sure = abs(np.sign(gain).sum()) == len(gain) and abs(gain.mean()) > 2 * gain.std(ddof=1) / len(gain) ** 0.5
+    error = gain.std(ddof=1) / len(gain) ** 0.5
+    sure = abs(np.sign(gain).sum()) == len(gain) and abs(gain.mean()) > 2 * error
     return ("better" if gain.mean() > 0 else "worse") if sure else "equal"
 
 # %% ../../nbs/results/06_compare.ipynb #df2129f2
@@ -262,13 +266,14 @@ def seed_gains(
     than: str,  # the experiment to compare with, as `over_seeds` names it
     score: str = "last mAP",  # column of `table`; more is better
     over: str | Sequence[str] = ("seed",),  # settings that pair the runs
-) -> pd.DataFrame:  # a row per other experiment: seeds both have finished, mean gain, its standard error, verdict
+) -> pd.DataFrame:  # a row per other experiment: seeds finished by both, mean gain, its error, verdict
     "Is an experiment better than another, seed by seed; ValueError if there is no such experiment"
     groups = _experiments(table, over)[1]
     if than not in groups:
         raise ValueError(f"no experiment '{than}': choose one of {list(groups)}")
     if score not in table:
-        raise ValueError(f"the table has no column {score}: choose one of {[c for c in RESULTS if c in table]}")
+        known = [c for c in RESULTS if c in table]
+        raise ValueError(f"the table has no column {score}: choose one of {known}")
     over = [over] if isinstance(over, str) else list(over)
     ended = {k: g[(g.done >= g.of) & g[score].notna()].set_index(over)[score] for k, g in groups.items()}
     rows = {}
@@ -278,4 +283,5 @@ def seed_gains(
             error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.nan
             mean = gain.mean() if len(gain) else np.nan
             rows[label] = {"seeds": len(gain), "gain": mean, "error": error, "verdict": _verdict(gain)}
-    return pd.DataFrame(rows, index=["seeds", "gain", "error", "verdict"]).T.infer_objects().rename_axis("experiment")
+    gains = pd.DataFrame(rows, index=["seeds", "gain", "error", "verdict"]).T
+    return gains.infer_objects().rename_axis("experiment")

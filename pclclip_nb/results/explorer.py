@@ -59,7 +59,8 @@ def _drawn_note(run):
     if n < N:
         why = "those whose features the run kept (keep_features); lists and counts are of all"
         drawn = f"{n:,} of {N:,} images are drawn, {why}."
-    return f"{drawn} A cluster keeps number and colour while most of its images stay; small dots are outliers."
+    how = "A cluster keeps number and colour while most of its images stay; small dots are outliers."
+    return f"{drawn} {how}"
 
 # %% ../../nbs/results/05_explorer.ipynb #0ee31ec8
 _NO_IDENTITY = "No true identity is known, so mixed and split cannot be computed: see the changed clusters."
@@ -81,7 +82,8 @@ def explorer_data(
     rgb = spread_colours([y[run.rows] for y in followed], layouts[-1], C)
     palettes = {"cluster": rgb, "identity": rgb[: len(persons)], "camera": _camera_colours(len(cameras))}
     palettes = {k: v for k, v in palettes.items() if k == "cluster" or len(v)}
-    arrays = {"rows": run.rows, "xy": _positions(layouts), "labels": np.array(numbers), "pids": pids, "camids": camids}
+    arrays = {"rows": run.rows, "xy": _positions(layouts), "labels": np.array(numbers)}
+    arrays |= {"pids": pids, "camids": camids}
     arrays = {k: v if k == "xy" else v.astype(np.int32) for k, v in arrays.items()}
     arrays |= {f"palette_{k}": (v * 255).round().astype(np.uint8) for k, v in palettes.items()}
     lists = ["mixed", "split", "changed", "outliers"]
