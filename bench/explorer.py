@@ -20,10 +20,11 @@ from pclclip_nb.results.runs import read_run, run_layouts
 
 
 def make_run(folder, N, E, d, per_id, seed=0):
-    "A run whose features gather around their person, and whose labels are the persons with ever fewer mistakes"
+    "Write a run: features gather around their person, labels are the persons with fewer mistakes each epoch"
     rng = np.random.default_rng(seed)
     pids = np.arange(N) // per_id
-    centre, noise = rng.normal(size=(pids[-1] + 1, d)).astype(np.float32), rng.normal(size=(N, d)).astype(np.float32)
+    centre = rng.normal(size=(pids[-1] + 1, d)).astype(np.float32)
+    noise = rng.normal(size=(N, d)).astype(np.float32)
     (folder / "labels").mkdir(parents=True)
     (folder / "images").mkdir()
     for i in range(200):  # 200 files stand for all
@@ -45,9 +46,12 @@ def make_run(folder, N, E, d, per_id, seed=0):
 
 
 def timed(name, f, *args, **kwargs):
-    start, cpu = time.perf_counter(), time.process_time()
+    "The result of a call; prints its seconds of wall and of processor time"
+    start = time.perf_counter()
+    cpu = time.process_time()
     result = f(*args, **kwargs)
-    print(f"{name:32s}{time.perf_counter() - start:8.2f} s{time.process_time() - cpu:10.2f} s of processor", flush=True)
+    wall = time.perf_counter() - start
+    print(f"{name:32s}{wall:8.2f} s{time.process_time() - cpu:10.2f} s of processor", flush=True)
     return result
 
 

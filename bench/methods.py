@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pclclip_nb.backbones.batch_norm import reset_necks
 from pclclip_nb.backbones.create import create_backbone
 from pclclip_nb.cli.main import DEMO, query_gallery_features
 from pclclip_nb.core.compute import autocast_dtype
 from pclclip_nb.eval_viz import evaluate
-from pclclip_nb.experiments.domain_adaptation import reset_necks
 from pclclip_nb.synthetic.drawing import ATTRIBUTES
 from pclclip_nb.synthetic.people import make_synthetic_reid
 from pclclip_nb.synthetic.tiny_clip import draw_pairs, tiny_backbone, to_input

@@ -43,7 +43,7 @@ def show_image(
 
 # %% ../../nbs/core/03_pictures.ipynb #2388e9d4
 def image_strips(
-    strips: Sequence[Sequence],  # per strip its images: (path, title, colour, …) of `show_image`; None = a hole
+    strips: Sequence[Sequence],  # per strip its images: (path, title, …) of `show_image`; None = a hole
     width: float = 0.62,  # of one image, inch
 ) -> "Figure":  # an axis per place, strip by strip; all strips have as many as the longest one
     "Strips of framed images, one below the other"
@@ -64,7 +64,7 @@ def image_strips(
 # %% ../../nbs/core/03_pictures.ipynb #983dfdbc
 def image_paths(
     images: pd.DataFrame,  # (N rows) column path
-    folder: str | Path | None = None,  # of the run; relative paths are looked for here, then in it and above it
+    folder: str | Path | None = None,  # of the run; relative paths may start at it or above it
 ) -> list[Path]:  # (N,) files, there or not
     "The files of a table of images"
     paths = [Path(p) for p in images.path]
