@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .backbones.batch_norm import drop_source, pool_bn, set_bn_chunks, set_domain, set_domain_bn
+from .backbones.weights import save_weights
 from .batches.augmentation import Augment
 from .batches.loading import Files, decoded, test_loader, train_loader
 from .batches.pk_sampler import PKSampler
 from .batches.samplers import IdentitySampler, JointSampler
-from .clip_backbone import extract_features, save_weights, set_grad_checkpoint
+from .clip_backbone import extract_features
+from .core.attention import set_grad_checkpoint
 from .core.compute import Timer, stage
 from .core.files import save_arrays, write_whole
 from .labels.camera_refinement import camera_entropy_weights
@@ -42,6 +44,7 @@ from .training.identity_loss import IdentityHead
 from .training.processes import Processes, processes
 from .training.settings import TrainConfig, learning_rate, make_optimizer, set_learning_rate
 from .training.steps import Losses, Stepper, train_epoch
+from .batches.augmentation import image_norm
 
 # %% ../nbs/04_train.ipynb #bfd28c6d
 @dataclass
@@ -182,7 +185,7 @@ def _how(run):
 
 def _extract(run, progress=False, source=False):
     "(N, d) features of all images of the target, or of the source; each process takes a share of the batches"
-    me, size, norm = run.me, run.cfg.batch_size, getattr(run.backbone, "norm", "imagenet")
+    me, size, norm = run.me, run.cfg.batch_size, image_norm(run.backbone)
     first = 0 if run.source is None else len(run.source)
     images = _images(run, slice(0, first) if source else slice(first, None))
     size = min(size, -(-len(images) // me.n))  # every process has some
@@ -322,7 +325,7 @@ def _drawn(cfg, labels):
 
 def _batches(run, labels):
     "The loader of training batches"
-    augment = Augment(getattr(run.backbone, "norm", "imagenet"), run.cfg.fill)
+    augment = Augment(image_norm(run.backbone), run.cfg.fill)
     return train_loader(_images(run), _sampler(run, labels), augment, share=run.step.share, **_how(run))
 
 # %% ../nbs/04_train.ipynb #321426b8
@@ -425,8 +428,8 @@ def _save_epoch(run, run_dir, epoch):
     save_arrays(run_dir / "labels" / f"epoch_{epoch.number:03d}.npz", **kept)
     backbone = drop_source(copy.deepcopy(run.backbone)) if cfg.domain_bn else run.backbone
     if scores[-1] is not None and scores[-1] > max((s for s in scores[:-1] if s is not None), default=-math.inf):
-        write_whole(run_dir / "best.safetensors", lambda p: save_weights(backbone, p))
-    write_whole(run_dir / "last.safetensors", lambda p: save_weights(backbone, p))
+        save_weights(backbone, run_dir / "best.safetensors")
+    save_weights(backbone, run_dir / "last.safetensors")
 
 
 def _warn_room(run, run_dir):

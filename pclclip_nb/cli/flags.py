@@ -17,13 +17,14 @@ from fastcore.docments import docments
 from torch import nn
 
 from ..backbones.create import create_backbone
+from ..backbones.published import flat_state, kind_of
+from ..backbones.resnet import RESNETS
+from ..backbones.weights import read_checkpoint
 from ..data import SPECS, read_csv, read_dataset, read_folder
 from ..experiments.domain_adaptation import reset_necks
 from ..experiments.recipes import RECIPES, Recipe, find_recipe
-from ..backbones.resnet import RESNETS
-from ..training.settings import TrainConfig
 from ..synthetic.tiny_clip import NAME, tiny_clip_weights
-from ..backbones.published import flat_state, kind_of, read_checkpoint
+from ..training.settings import TrainConfig
 
 # %% ../../nbs/cli/00_flags.ipynb #cc651c70
 class Parser(argparse.ArgumentParser):

@@ -34,6 +34,7 @@ from ..training.settings import TrainConfig
 from ..synthetic.people import make_synthetic_reid
 from ..synthetic.tiny_clip import tiny_backbone
 from ..train import EpochResult, train
+from ..batches.augmentation import image_norm
 
 # %% ../../nbs/cli/02_main.ipynb #824c221c
 def _run(parser, argv, work):
@@ -68,7 +69,7 @@ def query_gallery_features(
     "Features of query and gallery"
     both = [_split(table, s) for s in ("query", "gallery")]
     images, device = Files(pd.concat(both, ignore_index=True), backbone.size), next(backbone.parameters()).device
-    loader = test_loader(images, norm=getattr(backbone, "norm", "imagenet"), workers=workers, device=device)
+    loader = test_loader(images, norm=image_norm(backbone), workers=workers, device=device)
     return extract_features(backbone, loader, precision, progress).split([len(t) for t in both])
 
 

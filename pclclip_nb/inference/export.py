@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..backbones.weights import fingerprint
 from ..batches.augmentation import Augment, NORMS
-from ..clip_backbone import ClipBackbone, _no_logs, unit
+from ..clip_backbone import ClipBackbone, log_errors_only, unit
 from ..core.files import write_whole
-from .extract import fingerprint
+from ..batches.augmentation import image_norm
 
 # %% ../../nbs/inference/02_export.ipynb #db485dd4
 class BytesIn(nn.Module):
@@ -35,7 +36,7 @@ class BytesIn(nn.Module):
     ):
         super().__init__()
         self.backbone = backbone
-        for name, values in zip(("mean", "std"), NORMS[getattr(backbone, "norm", "imagenet")]):
+        for name, values in zip(("mean", "std"), NORMS[image_norm(backbone)]):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1))
 
     def forward(
@@ -58,7 +59,7 @@ def _need_onnx():
 
 
 def _norm(backbone):
-    return getattr(backbone, "norm", "imagenet")
+    return image_norm(backbone)
 
 
 def _bytes_of(n, size, seed=0):
@@ -110,7 +111,7 @@ def _check_close(differences, tol, what):
 # %% ../../nbs/inference/02_export.ipynb #c5bf690f
 def _program(model, example):
     "torch's ONNX program, for any batch"
-    with _no_logs(), warnings.catch_warnings(), torch.no_grad():
+    with log_errors_only(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         return torch.onnx.export(
             model, (example,), dynamo=True, verbose=False, opset_version=18, input_names=["images"],
@@ -164,7 +165,7 @@ def _metadata(backbone, preprocess):
 # %% ../../nbs/inference/02_export.ipynb #56f66a52
 def _open_clip_state(backbone, text):
     "A whole CLIP state dict around our image tower"
-    with _no_logs():
+    with log_errors_only():
         source = open_clip.create_model(backbone.name, pretrained=str(text) if text else None)
     state = {k: v if text or k == "logit_scale" else torch.zeros_like(v) for k, v in source.state_dict().items()}
     state = {k: v for k, v in state.items() if not k.startswith("visual.")}
@@ -210,7 +211,7 @@ def export_open_clip(
         )
     folder, state = Path(folder), _open_clip_state(backbone, text)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as tmp, _no_logs():
+    with tempfile.TemporaryDirectory(dir=folder) as tmp, log_errors_only():
         file = Path(tmp) / "open_clip_model.safetensors"
         save_file(state, file, metadata={"format": "pt"})
         file.with_name("open_clip_config.json").write_text(json.dumps(_open_clip_config(backbone), indent=1))

@@ -23,11 +23,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
+from ..backbones.weights import fingerprint
 from ..batches.loading import Files, test_loader
 from ..clip_backbone import extract_features
 from ..core.arrays import check_features
 from ..core.files import write_whole
-from .extract import Gallery, fingerprint, image_list, open_gallery, open_weights
+from .extract import Gallery, image_list, open_gallery, open_weights
 
 # %% ../../nbs/inference/01_search.ipynb #ef926b09
 def _faiss():
