@@ -64,6 +64,9 @@ VITS = {
     "transreid_vit_small": (384, 12, 6),
     "transreid_vit_base": (768, 12, 12),
 }  # name: (D, blocks, heads)
+_TOKENS = ("cls_token", "part_token1", "part_token2", "part_token3")
+_PLACES = ("cls_pos", "part1_pos", "part2_pos", "part3_pos")
+_NECKS = ("bottleneck", "bottleneck_pt1", "bottleneck_pt2", "bottleneck_pt3")
 
 
 def _check_vit(name, size, multi_neck, drop_path):
@@ -86,11 +89,6 @@ def _initialise(module):
         nn.init.zeros_(module.bias)
 
 # %% ../../nbs/backbones/01_vit.ipynb #d97753ec
-_TOKENS = ("cls_token", "part_token1", "part_token2", "part_token3")
-_PLACES = ("cls_pos", "part1_pos", "part2_pos", "part3_pos")
-_NECKS = ("bottleneck", "bottleneck_pt1", "bottleneck_pt2", "bottleneck_pt3")
-
-
 class ViTBackbone(Backbone):
     "A person ViT: (B, 3, H, W) to (B, d) unit rows (TransReID-SSL, 2021; PASS, 2022)"
 
