@@ -8,7 +8,6 @@ __all__ = ['TimmBackbone', 'LoadReport', 'create_backbone', 'load_published', 'l
 # %% ../../nbs/backbones/05_create.ipynb #ef4a74bf
 import difflib
 import inspect
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,19 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .published import grid_of, read_weights
+from .published import WeightFile, grid_of, read_weights
 from .resnet import ClipResNetBackbone, Pooling, RESNETS, ResNetBackbone
 from .vit import VITS, ViTBackbone, fit_pos_embed
-from ..clip_backbone import ClipBackbone, _no_logs, check_size, clip_backbone, load_weights, resize_pos_embed
-from ..clip_backbone import unit
+from .weights import backbone_options, load_weights
+from ..clip_backbone import Backbone, ClipBackbone, check_size, clip_backbone, log_errors_only
+from ..clip_backbone import resize_pos_embed
 
 # %% ../../nbs/backbones/05_create.ipynb #cebe5af0
+def _closest(name, names):
+    "Up to three names that a user may have meant"
+    return " or ".join(difflib.get_close_matches(name, names, 3, 0.4)) or "another one"
+
+# %% ../../nbs/backbones/05_create.ipynb #90b166b6
 def _timm_trunk(name, size, pretrained):
     "timm's network without its classifier, for images of `size`"
     name = name.removeprefix("timm/") + (f".{pretrained}" if isinstance(pretrained, str) else "")
@@ -43,12 +48,8 @@ def _timm_trunk(name, size, pretrained):
     except (TypeError, AssertionError, RuntimeError) as e:
         raise ValueError(f"timm's {arch} does not take images of {tuple(size)} (H, W): {e}. Try another size") from e
 
-
-def _closest(name, names):
-    return " or ".join(difflib.get_close_matches(name, names, 3, 0.4)) or "another one"
-
 # %% ../../nbs/backbones/05_create.ipynb #b8d88529
-class TimmBackbone(nn.Module):
+class TimmBackbone(Backbone):
     "A timm model with a BatchNorm neck: (B, 3, H, W) to (B, d) unit rows"
 
     def __init__(
@@ -59,12 +60,10 @@ class TimmBackbone(nn.Module):
         pretrained: bool | str | None = None,  # True or a tag such as "a1_in1k" downloads weights
         norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.batches.augmentation.NORMS`
     ):
-        super().__init__()
+        super().__init__(f"timm/{name.removeprefix('timm/')}", size, norm, pooling=pooling)
         self.trunk, out = _timm_trunk(name, size, pretrained)
         if not isinstance(out, Tensor) or out.ndim not in (3, 4):
             raise ValueError(f"timm's {name} gives neither a map nor tokens: choose another model")
-        self.name, self.size, self.norm = f"timm/{name.removeprefix('timm/')}", tuple(size), norm
-        self.options = {"pooling": pooling}
         self.gap = Pooling(pooling) if out.ndim == 4 else None
         with torch.enable_grad():
             pooled = self.pool(out)
@@ -85,20 +84,13 @@ class TimmBackbone(nn.Module):
         pooled = self.pool(self.trunk.forward_features(images))
         return pooled, self.bottleneck(pooled)
 
-    def forward(
-        self,
-        images: Tensor,  # (B, 3, H, W) normalised images; ValueError when H, W are not `size`
-    ) -> Tensor:  # (B, d) float32 unit rows
-        "Embed a batch of images"
-        return unit(self.embed(images)[1])
-
 # %% ../../nbs/backbones/05_create.ipynb #f0e0db61
 @patch
 def pool(
     self: TimmBackbone,
     out: Tensor,  # (B, d, h, w) or (B, h, w, d) map, or (B, tokens, d)
 ) -> Tensor:  # (B, d)
-    "One vector per image from what the trunk gives"
+    "One vector per image from the output of the trunk"
     if self.gap is None:
         return self.trunk.forward_head(out, pre_logits=True)
     last = out.shape[1] != self.trunk.num_features  # channels last
@@ -136,13 +128,13 @@ def _build(name, pretrained, size, options):
         raise ValueError(f"pretrained {pretrained!r} is neither a file nor a tag of {name}: choose one of {tags}")
     if cls is ClipBackbone:
         return clip_backbone(name, pretrained, size, **options)
-    with _no_logs():
+    with log_errors_only():
         return ClipResNetBackbone(open_clip.create_model(name, pretrained=pretrained).visual, size, name, **options)
 
 # %% ../../nbs/backbones/05_create.ipynb #1cb682d2
 @dataclass
 class LoadReport:
-    "What became of the weights in a file"
+    "Which weights of a file were used, and which of the network are not in it"
 
     kind: str  # of the file, a key of `pclclip_nb.backbones.published.KINDS`, or "pclclip_nb"
     name: str  # network that was filled
@@ -168,7 +160,8 @@ def _fit_positions(backbone, state, mode):
     "State dict with position embeddings for the backbone's grid; which were resized, from what to what"
     if isinstance(backbone, ViTBackbone):
         rows = len(state["pos_embed"][0]) - ("part_token1" not in state) if "pos_embed" in state else 0
-        old, new = grid_of(rows) if rows else None, backbone.grid
+        old = grid_of(rows) if rows else None
+        new = backbone.grid
         return fit_pos_embed(state, backbone, old), {"pos_embed": (old, new)} if old != new else {}
     attention = "attnpool." if isinstance(backbone, ClipResNetBackbone) else ""
     key = f"image_encoder.{attention}positional_embedding"
@@ -181,12 +174,18 @@ def _fit_positions(backbone, state, mode):
 
 # %% ../../nbs/backbones/05_create.ipynb #114eedb3
 def _is_neck(key):
+    "Whether a tensor belongs to the pool or a neck, by its name"
     return key.split(".")[0].startswith(("bottleneck", "feat_bn", "gap"))
 
-
-def _fill(backbone, weights, mode="bilinear"):
+# %% ../../nbs/backbones/05_create.ipynb #babd8f4f
+def _fill(
+    backbone: nn.Module,  # changed in place
+    weights: WeightFile,  # for a network of its kind
+    mode: str = "bilinear",  # resize of position embeddings
+) -> LoadReport:
     "Load weights into a backbone of their kind and report. Raises ValueError below full coverage of the trunk."
-    own, (state, resized) = backbone.state_dict(), _fit_positions(backbone, weights.state, mode)
+    own = backbone.state_dict()
+    state, resized = _fit_positions(backbone, weights.state, mode)
     wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
     necks = {k.split(".")[0] for k in wrong if _is_neck(k)}  # a neck is taken whole or not at all
     fits = {k: v for k, v in state.items() if k not in wrong and k.split(".")[0] not in necks}
@@ -219,17 +218,18 @@ def create_backbone(
     "A backbone by name. Raises ValueError for what is unknown or does not fit, FileNotFoundError for a missing file."
     given = {k: v for k, v in options.items() if k != "norm"}
     path = Path(pretrained) if isinstance(pretrained, (str, Path)) else None
-    report = None
     if isinstance(pretrained, dict) or path and (path.suffix in _SUFFIXES or path.is_file()):
-        _class_of(name)  # an unknown name is told before a long file is read
+        _class_of(name)  # an unknown name is an error before a long file is read
         weights = read_weights(pretrained)
-        told = {} if weights.kind in ("openai", "open_clip") else {"norm": weights.norm}  # CLIP's own binds nobody
-        backbone = _build(name, None, size, told | options)
+        norm = {} if weights.kind in ("openai", "open_clip") else {"norm": weights.norm}  # CLIP's own is not kept
+        backbone = _build(name, None, size, norm | options)
         report = _fill(backbone, weights, options.get("mode", "bilinear"))
         report.assumed = ()
     else:
         backbone = _build(name, pretrained, size, options)
-    backbone.options, backbone.report = getattr(backbone, "options", {}) | given, report
+        report = None
+    backbone.options = backbone_options(backbone) | given
+    backbone.report = report
     return backbone
 
 # %% ../../nbs/backbones/05_create.ipynb #5dd28226
@@ -241,18 +241,18 @@ def load_published(
 ) -> tuple[nn.Module, LoadReport]:  # backbone in evaluation mode; what was loaded
     "The backbone a published checkpoint holds. Raises ValueError for an unknown file or one that does not cover its trunk."
     weights = read_weights(source)
-    told = {"norm": weights.norm} | weights.options | options
-    backbone = _build(name or weights.name, None, size or weights.size or (256, 128), told)
+    built_with = {"norm": weights.norm} | weights.options | options
+    backbone = _build(name or weights.name, None, size or weights.size or (256, 128), built_with)
     report = _fill(backbone, weights, options.get("mode", "bilinear"))
     report.assumed = tuple(k for k in weights.assumed if k not in options and not (k == "name" and name))
-    backbone.options = {k: v for k, v in (getattr(backbone, "options", {}) | told).items() if k != "norm"}
+    backbone.options = {k: v for k, v in (backbone_options(backbone) | built_with).items() if k != "norm"}
     return backbone.eval(), report
 
 # %% ../../nbs/backbones/05_create.ipynb #0dae2ad4
 def load_backbone(
-    path: str | Path,  # a file of `pclclip_nb.clip_backbone.save_weights`
+    path: str | Path,  # a file of `pclclip_nb.backbones.weights.save_weights`
 ) -> nn.Module:  # in evaluation mode
-    "Build the backbone a file was saved from. Raises ValueError for a file that names no model."
+    "Build the backbone a file was saved from. Raises ValueError for a file that names no model, FileNotFoundError if there is none."
     weights = read_weights(path)
     if weights.kind != "pclclip_nb":
         raise ValueError(f"{path} is a {weights.kind} file and names no model: open it with load_published")

@@ -8,13 +8,12 @@ __all__ = ['POOLINGS', 'RESNETS', 'gem', 'Pooling', 'keep_resolution', 'IBN', 'R
 
 # %% ../../nbs/backbones/00_resnet.ipynb #608e8062
 import torch
-import torch.nn.functional as F
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from torch import Tensor, nn
 from torchvision import models
 
-from ..clip_backbone import check_size, resize_pos_embed
 from ..batches.augmentation import NORMS
+from ..clip_backbone import Backbone, check_size, resize_pos_embed
 
 # %% ../../nbs/backbones/00_resnet.ipynb #10035a47
 def gem(
@@ -28,12 +27,13 @@ def gem(
     return top[:, :, 0, 0] * (x / top).pow(p).mean((2, 3)).pow(1 / p)
 
 # %% ../../nbs/backbones/00_resnet.ipynb #4d668d58
-POOLINGS = ("gem", "avg", "max", "avg+max")
-
-
-def _check_choice(what, value, choices):
+def _check_choice(name, value, choices):
+    "Raises ValueError for a `value` of the argument `name` that is not among `choices`"
     if value not in choices:
-        raise ValueError(f"{what} {value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name} {value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+
+# %% ../../nbs/backbones/00_resnet.ipynb #bd1a073f
+POOLINGS = ("gem", "avg", "max", "avg+max")
 
 
 class Pooling(nn.Module):
@@ -93,14 +93,14 @@ class IBN(nn.Module):
         return torch.cat([self.IN(first), self.BN(rest)], dim=1)
 
 # %% ../../nbs/backbones/00_resnet.ipynb #a7e856bf
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet_ibn50a", "resnet_ibn101a")
-
-
 def _neck(d):
     "BatchNorm over features, its bias frozen at 0"
     neck = nn.BatchNorm1d(d)
     neck.bias.requires_grad_(False)
     return neck
+
+# %% ../../nbs/backbones/00_resnet.ipynb #c5905af4
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet_ibn50a", "resnet_ibn101a")
 
 
 def _trunk(name, pretrained):
@@ -118,7 +118,7 @@ def _trunk(name, pretrained):
     return net
 
 # %% ../../nbs/backbones/00_resnet.ipynb #8cca96b3
-class ResNetBackbone(nn.Module):
+class ResNetBackbone(Backbone):
     "ResNet with stride 1 in the last stage, a pool and a BatchNorm neck: (B, 3, H, W) to (B, d) unit rows (Cluster Contrast, 2021)"
 
     def __init__(
@@ -129,16 +129,16 @@ class ResNetBackbone(nn.Module):
         pretrained: str | None = None,  # "imagenet" downloads torchvision's weights; None leaves them random
         norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.batches.augmentation.NORMS`
     ):
-        super().__init__()
         _check_choice("name", name, RESNETS)
         _check_choice("norm", norm, NORMS)
         _check_choice("pretrained", pretrained, (None, "imagenet"))
+        super().__init__(name, size, norm, pooling=pooling)
         net = _trunk(name, pretrained)
         stages = net.layer1, net.layer2, net.layer3, net.layer4
         self.base = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, *stages)
-        self.gap, self.d = Pooling(pooling), net.fc.in_features
+        self.gap = Pooling(pooling)
+        self.d = net.fc.in_features
         self.feat_bn = _neck(self.d)
-        self.name, self.size, self.norm, self.options = name, tuple(size), norm, {"pooling": pooling}
 
     def embed(
         self,
@@ -148,13 +148,6 @@ class ResNetBackbone(nn.Module):
         check_size(images, self.size)
         pooled = self.gap(self.base(images))
         return pooled, self.feat_bn(pooled)
-
-    def forward(
-        self,
-        images: Tensor,  # (B, 3, H, W) normalised images; ValueError when H, W are not `size`
-    ) -> Tensor:  # (B, d) float32 unit rows
-        "Embed a batch of images"
-        return F.normalize(self.embed(images)[1].float(), dim=1)
 
 # %% ../../nbs/backbones/00_resnet.ipynb #3dcd09ba
 def resize_attention_pool(
@@ -169,15 +162,15 @@ def resize_attention_pool(
 def clip_resnet_features(
     visual: ModifiedResNet,  # open_clip image tower
     images: Tensor,  # (B, 3, H, W) normalised images
-) -> tuple[Tensor, Tensor]:  # (B, width) mean of the last maps and (B, output) answer of the attention pool
-    "What a CLIP ResNet says of an image before and after its attention pool"
+) -> tuple[Tensor, Tensor]:  # (B, width) mean of the last maps and (B, output) output of the attention pool
+    "Features of a CLIP ResNet before and after its attention pool"
     maps = visual.stem(images)
     for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
         maps = stage(maps)
     return maps.mean((2, 3)), visual.attnpool(maps)
 
 # %% ../../nbs/backbones/00_resnet.ipynb #d67e0615
-class ClipResNetBackbone(nn.Module):
+class ClipResNetBackbone(Backbone):
     "CLIP ResNet with stride 1 in the last stage and two BatchNorm necks: (B, 3, H, W) to (B, d) unit rows (CLIP-ReID, 2023)"
 
     def __init__(
@@ -187,7 +180,6 @@ class ClipResNetBackbone(nn.Module):
         name: str = "",  # open_clip model name, stored with saved weights
         norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.batches.augmentation.NORMS`
     ):
-        super().__init__()
         if not isinstance(visual, ModifiedResNet):
             raise ValueError(f"{name or type(visual).__name__} is no CLIP ResNet: choose an open_clip one such as RN50")
         if any(s < 16 or s % 16 for s in size):
@@ -196,10 +188,13 @@ class ClipResNetBackbone(nn.Module):
         _check_choice("norm", norm, NORMS)
         keep_resolution(visual.layer4)
         resize_attention_pool(visual.attnpool, (size[0] // 16, size[1] // 16))
-        self.image_encoder, visual.image_size = visual, tuple(size)
-        self.name, self.size, self.norm = name, tuple(size), norm
+        visual.image_size = tuple(size)
+        super().__init__(name, size, norm)
         width, out = visual.attnpool.c_proj.in_features, visual.output_dim
-        self.bottleneck, self.bottleneck_proj, self.d = _neck(width), _neck(out), width + out
+        self.d = width + out
+        self.image_encoder = visual
+        self.bottleneck = _neck(width)
+        self.bottleneck_proj = _neck(out)
 
     def embed(
         self,
@@ -209,10 +204,3 @@ class ClipResNetBackbone(nn.Module):
         check_size(images, self.size)
         mean, answer = clip_resnet_features(self.image_encoder, images)
         return torch.cat([mean, answer], 1), torch.cat([self.bottleneck(mean), self.bottleneck_proj(answer)], 1)
-
-    def forward(
-        self,
-        images: Tensor,  # (B, 3, H, W) normalised images; ValueError when H, W are not `size`
-    ) -> Tensor:  # (B, d) float32 unit rows
-        "Embed a batch of images"
-        return F.normalize(self.embed(images)[1].float(), dim=1)

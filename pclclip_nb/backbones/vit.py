@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..core.attention import run_blocks
-from ..clip_backbone import check_size, resize_pos_embed, unit
+from ..clip_backbone import Backbone, check_size, resize_pos_embed, unit
 from .resnet import IBN
 
 # %% ../../nbs/backbones/01_vit.ipynb #9c64bcc1
@@ -69,7 +69,8 @@ _PLACES = ("cls_pos", "part1_pos", "part2_pos", "part3_pos")
 _NECKS = ("bottleneck", "bottleneck_pt1", "bottleneck_pt2", "bottleneck_pt3")
 
 
-def _check(name, size, multi_neck, drop_path):
+def _check_vit(name, size, multi_neck, drop_path):
+    "Raises ValueError for arguments of `ViTBackbone` that cannot be built"
     if name not in VITS:
         raise ValueError(f"name {name!r} is no ViT known here: choose one of {', '.join(VITS)}")
     if any(s < 16 or s % 16 for s in size):
@@ -80,14 +81,15 @@ def _check(name, size, multi_neck, drop_path):
     if not 0 <= drop_path < 1:
         raise ValueError(f"drop_path {drop_path}: a probability in [0, 1) is needed, the authors use 0.1 to 0.3")
 
-
+# %% ../../nbs/backbones/01_vit.ipynb #ebe23c3e
 def _initialise(module):
+    "First values of a linear layer; other modules stay as they are"
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 # %% ../../nbs/backbones/01_vit.ipynb #d97753ec
-class ViTBackbone(nn.Module):
+class ViTBackbone(Backbone):
     "A person ViT: (B, 3, H, W) to (B, d) unit rows (TransReID-SSL, 2021; PASS, 2022)"
 
     def __init__(
@@ -103,14 +105,13 @@ class ViTBackbone(nn.Module):
         dim: int | None = None,  # D, width of a token
         heads: int | None = None,  # attention heads
     ):
-        super().__init__()
-        _check(name, size, multi_neck, drop_path)
-        t, usual = 4 if name.startswith("pass") else 1, VITS[name]
-        dim, depth, heads = (own or std for own, std in zip((dim, depth, heads), usual))
-        self.name, self.size, self.t, self._pixels = name, tuple(size), t, norm
+        _check_vit(name, size, multi_neck, drop_path)
+        dim, depth, heads = (own or std for own, std in zip((dim, depth, heads), VITS[name]))
+        options = dict(conv_stem=conv_stem, fusion=fusion, multi_neck=multi_neck, drop_path=drop_path)
+        options |= dict(depth=depth, dim=dim, heads=heads) if (dim, depth, heads) != VITS[name] else {}
+        super().__init__(name, size, norm, **options)
+        self.t = t = 4 if name.startswith("pass") else 1
         self.grad_checkpoint = False
-        self.options = dict(conv_stem=conv_stem, fusion=fusion, multi_neck=multi_neck, drop_path=drop_path)
-        self.options |= dict(depth=depth, dim=dim, heads=heads) if (dim, depth, heads) != usual else {}
         self.grid = (size[0] // 16, size[1] // 16)
         self.d = fuse_tokens(torch.zeros(1, t, dim), fusion).shape[1]
         for k in _TOKENS[:t] + (_PLACES if t == 4 else ()):
@@ -120,7 +121,7 @@ class ViTBackbone(nn.Module):
         self.patch_embed = ConvStem(dim) if conv_stem else PatchEmbed(self.size, 16, embed_dim=dim)
         block = partial(Block, dim, heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
         self.blocks = nn.ModuleList(block(drop_path=p) for p in torch.linspace(0, drop_path, depth).tolist())
-        self._modules["norm"] = nn.LayerNorm(dim, eps=1e-6)  # reached by its published name in the weights only
+        self._modules["norm"] = nn.LayerNorm(dim, eps=1e-6)  # its published name; the attribute `norm` is the pixels'
         self.apply(_initialise)
         for k in _NECKS if multi_neck else _NECKS[:1]:
             self.add_module(k, nn.BatchNorm1d(dim if multi_neck else self.d))
@@ -128,22 +129,10 @@ class ViTBackbone(nn.Module):
 
     def set_grad_checkpoint(
         self,
-        on: bool = True,  # see `pclclip_nb.clip_backbone.set_grad_checkpoint`
+        on: bool = True,  # see `pclclip_nb.core.attention.set_grad_checkpoint`
     ) -> None:
         "Recompute the blocks in `backward`, or not"
         self.grad_checkpoint = on
-
-    @property
-    def norm(self) -> str:  # such as "imagenet"
-        "How input images are normalised, a key of `pclclip_nb.batches.augmentation.NORMS`"
-        return self._pixels
-
-    def forward(
-        self,
-        images: Tensor,  # (B, 3, H, W) normalised images; ValueError when H, W are not `size`
-    ) -> Tensor:  # (B, d) float32 unit rows
-        "Embed a batch of images"
-        return unit(self.embed(images)[1])
 
 # %% ../../nbs/backbones/01_vit.ipynb #c25652e8
 @patch
@@ -186,16 +175,17 @@ def fit_pos_embed(
         raise ValueError(
             f"no pos_embed among the weights ({some}, …): strip the prefix of the names, or choose a ViT file"
         )
-    table, parts = state_dict["pos_embed"][0], "part_token1" in state_dict
+    table = state_dict["pos_embed"][0]
+    parts = "part_token1" in state_dict
     if parts != (backbone.t == 4):
-        made, kind = ("PASS", "pass") if parts else ("TransReID-SSL", "transreid")
+        origin, kind = ("PASS", "pass") if parts else ("TransReID-SSL", "transreid")
         raise ValueError(
-            f"{made} weights ({len(table)} position embeddings, {'three' if parts else 'no'} part tokens) do not fit {backbone.name}: build a {kind}_vit backbone for them"
+            f"{origin} weights ({len(table)} position embeddings, {'three' if parts else 'no'} part tokens) do not fit {backbone.name}: build a {kind}_vit backbone for them"
         )
     if old_grid is None and len(table) == backbone.pos_embed.shape[1]:
         return dict(state_dict)
     n = len(table) - (not parts)
-    if parts:  # lend it a class row, which `resize_pos_embed` keeps
+    if parts:  # a class row, which `resize_pos_embed` keeps
         table = torch.cat([torch.zeros_like(table[:1]), table])
     table = resize_pos_embed(table, backbone.grid, old_grid or (int((2 * n) ** 0.5), int((n / 2) ** 0.5)))
     return state_dict | {"pos_embed": table[None, int(parts) :]}

@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..backbones.weights import fingerprint
 from ..batches.augmentation import Augment, NORMS
-from ..clip_backbone import ClipBackbone, _no_logs, unit
+from ..clip_backbone import ClipBackbone, log_errors_only, unit
 from ..core.files import write_whole
-from .extract import fingerprint
+from ..batches.augmentation import image_norm
 
 # %% ../../nbs/inference/02_export.ipynb #db485dd4
 class BytesIn(nn.Module):
@@ -35,7 +36,7 @@ class BytesIn(nn.Module):
     ):
         super().__init__()
         self.backbone = backbone
-        for name, values in zip(("mean", "std"), NORMS[getattr(backbone, "norm", "imagenet")]):
+        for name, values in zip(("mean", "std"), NORMS[image_norm(backbone)]):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1))
 
     def forward(
@@ -46,8 +47,8 @@ class BytesIn(nn.Module):
         return self.backbone((images.permute(0, 3, 1, 2).float() - self.mean) / self.std)
 
 # %% ../../nbs/inference/02_export.ipynb #7abba6a4
-def _need_onnx():
-    "onnxruntime, if all that the export needs is there"
+def _onnxruntime():
+    "The module onnxruntime. Raises ImportError if a package that the export needs is missing."
     try:
         import onnx  # noqa: F401
         import onnxruntime
@@ -56,12 +57,8 @@ def _need_onnx():
         raise ImportError(f"ONNX needs {error.name}: pip install onnx onnxscript onnxruntime") from error
     return onnxruntime
 
-
-def _norm(backbone):
-    return getattr(backbone, "norm", "imagenet")
-
-
-def _bytes_of(n, size, seed=0):
+# %% ../../nbs/inference/02_export.ipynb #a14aea8a
+def _noise_images(n, size, seed=0):
     "(n, H, W, 3) uint8: seeded pictures of noise"
     return np.random.default_rng([seed, n]).integers(0, 256, (n, *size, 3), np.uint8)
 
@@ -70,19 +67,21 @@ def _bytes_of(n, size, seed=0):
 def verify_onnx(
     model: str | Path | bytes,  # an ONNX file of `export_onnx`, or its content
     backbone: nn.Module,  # the network it was made from
-    batches: tuple = (1, 7),  # sizes to try
+    batches: tuple[int, ...] = (1, 7),  # sizes to try
 ) -> dict[int, float]:  # batch size -> largest difference of a feature
     "How far an ONNX file is from its network, on seeded images. Raises ValueError when it does not run at some batch size."
-    options = _need_onnx().SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised below
+    options = _onnxruntime().SessionOptions()
+    options.log_severity_level = 4  # errors are raised below
     source = model if isinstance(model, bytes) else str(model)
-    session = _need_onnx().InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    takes_bytes, differences = session.get_inputs()[0].type == "tensor(uint8)", {}
-    device, training = next(backbone.parameters()).device, backbone.training
+    session = _onnxruntime().InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    takes_bytes = session.get_inputs()[0].type == "tensor(uint8)"
+    device = next(backbone.parameters()).device
+    training = backbone.training
+    differences = {}
     backbone.eval()
     for n in batches:
-        pixels = _bytes_of(n, backbone.size)
-        images = Augment(_norm(backbone))(pixels.transpose(0, 3, 1, 2), np.arange(n))
+        pixels = _noise_images(n, backbone.size)
+        images = Augment(image_norm(backbone))(pixels.transpose(0, 3, 1, 2), np.arange(n))
         try:
             got = session.run(None, {"images": pixels if takes_bytes else images.numpy()})[0]
         except Exception as error:
@@ -100,8 +99,9 @@ class Exported:
     differences: dict  # batch size -> largest absolute difference
     how: str  # lines of Python that load it
 
-
+# %% ../../nbs/inference/02_export.ipynb #2919b5be
 def _check_close(differences, tol, what):
+    "Raises ValueError for a difference above `tol`, or one that is no number"
     wrong = {n: d for n, d in differences.items() if not d <= tol}
     if wrong:
         words = ", ".join(f"{d:.1e} at batch {n}" for n, d in wrong.items())
@@ -110,25 +110,38 @@ def _check_close(differences, tol, what):
 # %% ../../nbs/inference/02_export.ipynb #c5bf690f
 def _program(model, example):
     "torch's ONNX program, for any batch"
-    with _no_logs(), warnings.catch_warnings(), torch.no_grad():
+    with log_errors_only(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         return torch.onnx.export(
             model, (example,), dynamo=True, verbose=False, opset_version=18, input_names=["images"],
             output_names=["features"], dynamic_shapes=({0: torch.export.Dim("batch")},),
         )  # fmt: skip
 
+# %% ../../nbs/inference/02_export.ipynb #3d5e77f8
+def _metadata(backbone, preprocess):
+    "What a user of an ONNX file must know, as strings"
+    mean, std = NORMS[image_norm(backbone)]
+    takes = "(B, H, W, 3) uint8 RGB" if preprocess else "(B, 3, H, W) float32 RGB: (byte / 255 - mean) / std"
+    facts = {"model": getattr(backbone, "name", ""), "size": list(backbone.size)}
+    facts |= {"input": takes, "norm": image_norm(backbone)}
+    facts |= {"mean": list(mean), "std": list(std), "resize": "bicubic, antialiased, to size, whatever the aspect"}
+    facts |= {"d": backbone.d, "weights": fingerprint(backbone)}
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
 
+# %% ../../nbs/inference/02_export.ipynb #c9be0463
 def export_onnx(
     backbone: nn.Module,  # (B, 3, H, W) to (B, d) unit rows; left as it is
     path: str | Path,  # .onnx file; written whole, and only if it is right
     preprocess: bool = False,  # take (B, H, W, 3) uint8 and normalise inside
-    batches: tuple = (1, 7),  # batch sizes at which it is compared with the network
+    batches: tuple[int, ...] = (1, 7),  # batch sizes at which it is compared with the network
     tol: float = 1e-5,  # largest absolute difference of a feature
 ) -> Exported:  # path, differences, how to run it
     "Write a backbone as ONNX, with a free batch. Raises ValueError if the file is not the network, ImportError without onnx."
-    _need_onnx()
-    path, (H, W) = Path(path), backbone.size
-    if (size := 4 * sum(p.numel() for p in backbone.parameters())) > 1.9e9:
+    _onnxruntime()
+    path = Path(path)
+    H, W = backbone.size
+    size = 4 * sum(p.numel() for p in backbone.parameters())
+    if size > 1.9e9:
         raise ValueError(
             f"{backbone.name} has {size / 1e9:.1f} GB of weights: one ONNX file holds 2 GB, choose a smaller model"
         )
@@ -146,51 +159,39 @@ def export_onnx(
     how = f'session = onnxruntime.InferenceSession("{path}")\nfeatures = session.run(None, {{"images": images}})[0]'
     return Exported(path, differences, how)
 
-# %% ../../nbs/inference/02_export.ipynb #3d5e77f8
-def _metadata(backbone, preprocess):
-    "What a user of the file must know, as strings"
-    mean, std = NORMS[_norm(backbone)]
-    takes = "(B, H, W, 3) uint8 RGB" if preprocess else "(B, 3, H, W) float32 RGB: (byte / 255 - mean) / std"
-    facts = {
-        "model": getattr(backbone, "name", ""),
-        "size": list(backbone.size),
-        "input": takes,
-        "norm": _norm(backbone),
-    }
-    facts |= {"mean": list(mean), "std": list(std), "resize": "bicubic, antialiased, to size, whatever the aspect"}
-    facts |= {"d": backbone.d, "weights": fingerprint(backbone)}
-    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
-
 # %% ../../nbs/inference/02_export.ipynb #56f66a52
 def _open_clip_state(backbone, text):
     "A whole CLIP state dict around our image tower"
-    with _no_logs():
+    with log_errors_only():
         source = open_clip.create_model(backbone.name, pretrained=str(text) if text else None)
     state = {k: v if text or k == "logit_scale" else torch.zeros_like(v) for k, v in source.state_dict().items()}
     state = {k: v for k, v in state.items() if not k.startswith("visual.")}
     state |= {f"visual.{k}": v for k, v in backbone.image_encoder.state_dict().items()}
     return {k: v.detach().cpu().float().contiguous().clone() for k, v in state.items()}
 
-
+# %% ../../nbs/inference/02_export.ipynb #c8d061a9
 def _open_clip_config(backbone):
-    "Model and preprocessing as open_clip's own folders tell them"
-    model, (mean, std) = open_clip.get_model_config(backbone.name), NORMS[backbone.norm]
+    "Model and preprocessing, as in open_clip's own folders"
+    model = open_clip.get_model_config(backbone.name)
+    mean, std = NORMS[backbone.norm]
     model["vision_cfg"]["image_size"] = list(backbone.size)
-    seen = {"mean": list(mean), "std": list(std), "interpolation": "bicubic", "resize_mode": "squash"}
-    return {"model_cfg": model, "preprocess_cfg": seen}
+    preprocess = {"mean": list(mean), "std": list(std), "interpolation": "bicubic", "resize_mode": "squash"}
+    return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 # %% ../../nbs/inference/02_export.ipynb #06b9470c
 @torch.no_grad()
 def verify_open_clip(
     model: nn.Module,  # what `open_clip.create_model` has loaded
     backbone: ClipBackbone,  # the network it was made from
-    batches: tuple = (1, 7),  # sizes to try
+    batches: tuple[int, ...] = (1, 7),  # sizes to try
 ) -> dict[int, float]:  # batch size -> largest difference of `encode_image`, rows at unit length
     "How far open_clip's encode_image is from our tower, on seeded images"
-    model, backbone = model.eval(), copy.deepcopy(backbone).cpu().float().eval()
-    width, differences = backbone.image_encoder.proj.shape[0], {}
+    model = model.eval()
+    backbone = copy.deepcopy(backbone).cpu().float().eval()
+    width = backbone.image_encoder.proj.shape[0]
+    differences = {}
     for n in batches:
-        images = Augment(backbone.norm)(_bytes_of(n, backbone.size).transpose(0, 3, 1, 2), np.arange(n))
+        images = Augment(backbone.norm)(_noise_images(n, backbone.size).transpose(0, 3, 1, 2), np.arange(n))
         ours = unit(backbone.embed(images)[0][:, width:])
         differences[n] = (model.encode_image(images, normalize=True) - ours).abs().max().item()
     return differences
@@ -200,17 +201,18 @@ def export_open_clip(
     backbone: ClipBackbone,  # ValueError for another kind: open_clip can build no other
     folder: str | Path,  # gets open_clip_config.json and open_clip_model.safetensors
     text: str | Path | None = None,  # CLIP weights, a tag or a file, for the text tower; None = zeros
-    batches: tuple = (1, 7),  # batch sizes at which it is compared with the network
+    batches: tuple[int, ...] = (1, 7),  # batch sizes at which it is compared with the network
     tol: float = 1e-5,  # largest absolute difference of encode_image, at unit length
 ) -> Exported:  # folder, differences, how to load it
-    "Write the image tower as an open_clip model; `how` of the result loads it, size told. Raises ValueError for a network that open_clip cannot build."
+    "Write the image tower as an open_clip model; `how` of the result loads it, with its size. Raises ValueError for a network that open_clip cannot build."
     if not isinstance(backbone, ClipBackbone) or not open_clip.get_model_config(backbone.name):
         raise ValueError(
             f"{getattr(backbone, 'name', '') or type(backbone).__name__} is no CLIP ViT that open_clip can build: export ONNX instead"
         )
-    folder, state = Path(folder), _open_clip_state(backbone, text)
+    folder = Path(folder)
+    state = _open_clip_state(backbone, text)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as tmp, _no_logs():
+    with tempfile.TemporaryDirectory(dir=folder) as tmp, log_errors_only():
         file = Path(tmp) / "open_clip_model.safetensors"
         save_file(state, file, metadata={"format": "pt"})
         file.with_name("open_clip_config.json").write_text(json.dumps(_open_clip_config(backbone), indent=1))
@@ -220,8 +222,5 @@ def export_open_clip(
         for name in ("open_clip_config.json", "open_clip_model.safetensors"):
             os.replace(file.with_name(name), folder / name)
     load = f'open_clip.create_model("{backbone.name}", pretrained="{folder / file.name}", force_image_size={tuple(backbone.size)})'
-    return Exported(
-        folder,
-        differences,
-        f'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")\nmodel = {load}',
-    )
+    how = f'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")\nmodel = {load}'
+    return Exported(folder, differences, how)

@@ -36,13 +36,14 @@ def vocabulary() -> dict[str, int]:  # word to token id: 0 pads, 1 starts and th
     words |= set("a with hair in and sleeved top shoes wearing carrying".split())
     return {w: i for i, w in enumerate(["<pad>", "<start>", *sorted(w for w in words if not w.isdigit()), "<end>"])}
 
-
+# %% ../../nbs/synthetic/02_tiny_clip.ipynb #82a52d5a
 def tokenize(
     captions: list[str],  # sentences in the words of `vocabulary`
     length: int = 34,  # tokens in a row, the model's context length; shorter sentences are padded
 ) -> Tensor:  # (B, length) int64 token ids
     "Words to tokens. Raises ValueError for an unknown word or a sentence that is too long."
-    vocab, out = vocabulary(), torch.zeros(len(captions), length, dtype=torch.long)
+    vocab = vocabulary()
+    out = torch.zeros(len(captions), length, dtype=torch.long)
     for row, text in zip(out, captions):  # noqa: B905
         words = ["<start>", *("a" if w == "an" else w for w in text.split()), "<end>"]
         unknown = [w for w in words if w not in vocab]
@@ -62,7 +63,7 @@ def tiny_clip_weights() -> Path:  # a safetensors file, float16
     "Where the weights that come with the package are"
     return Path(str(resources.files("pclclip_nb") / "synthetic/tiny_clip.safetensors"))
 
-
+# %% ../../nbs/synthetic/02_tiny_clip.ipynb #93cf7b64
 def tiny_clip(
     pretrained: bool = True,  # the package's weights; False leaves random ones
 ) -> nn.Module:  # open_clip CLIP in evaluation mode: encode_image, encode_text, visual, logit_scale
@@ -72,7 +73,7 @@ def tiny_clip(
         model.load_state_dict(load_file(tiny_clip_weights()))
     return model.eval()
 
-
+# %% ../../nbs/synthetic/02_tiny_clip.ipynb #87980063
 def tiny_backbone() -> ClipBackbone:  # (B, 3, 128, 64) to (B, 320) unit rows, in evaluation mode
     "The image tower with its necks, as the training loop takes it"
     return clip_backbone(NAME, str(tiny_clip_weights()), size=(128, 64)).eval()
@@ -95,7 +96,11 @@ def draw_pairs(
     progress: bool = False,  # show a progress bar on stderr
 ) -> tuple[np.ndarray, list[Person]]:  # (n_ids, per_id, 128, 64, 3) uint8 images; the n_ids people on them
     "Draw people and cameras that no synthetic data set holds"
-    images, rng = np.empty((n_ids, per_id, 128, 64, 3), np.uint8), lambda *key: np.random.default_rng([1, seed, *key])
+    images = np.empty((n_ids, per_id, 128, 64, 3), np.uint8)
+
+    def rng(*key):
+        return np.random.default_rng([1, seed, *key])
+
     people = [random_person(rng(0, i), "pretrain") for i in range(n_ids)]
     for n, j in enumerate(tqdm(rng().permutation(n_ids * per_id), leave=False, disable=not progress)):
         if n % 8 == 0:
@@ -109,21 +114,23 @@ def _augment(x, rng):
     "The batch flipped half of the time, and shifted by up to 6 rows and 4 columns"
     if rng.random() < 0.5:
         x = x.flip(3)
-    dy, dx = rng.integers(0, 13), rng.integers(0, 9)
+    dy = rng.integers(0, 13)
+    dx = rng.integers(0, 9)
     return F.pad(x, (4, 4, 6, 6), mode="replicate")[:, :, dy : dy + x.shape[2], dx : dx + x.shape[3]]
 
-
+# %% ../../nbs/synthetic/02_tiny_clip.ipynb #2e534a53
 def _optimizer(model, lr, steps):
     "AdamW without decay on biases and norms; linear warm-up, then a cosine to 0"
-    ps, warm = list(model.parameters()), max(1, steps // 15)
+    params = list(model.parameters())
+    warm = max(1, steps // 15)
     groups = [
-        dict(params=[p for p in ps if p.ndim > 1], weight_decay=0.1),
-        dict(params=[p for p in ps if p.ndim < 2], weight_decay=0),
+        dict(params=[p for p in params if p.ndim > 1], weight_decay=0.1),
+        dict(params=[p for p in params if p.ndim < 2], weight_decay=0),
     ]
     opt = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
 
-    def rate(s):
-        return min((s + 1) / warm, 0.5 * (1 + math.cos(math.pi * s / steps)))
+    def rate(step):
+        return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
     return opt, torch.optim.lr_scheduler.LambdaLR(opt, rate)
 
@@ -142,17 +149,20 @@ def pretrain_tiny_clip(
     if len(images) != len(people):
         raise ValueError(f"{len(images)} rows of images for {len(people)} people: give one row to each")
     torch.manual_seed(seed)
-    rng, model, losses, dtype = np.random.default_rng([2, seed]), tiny_clip(False).train(), [], autocast_dtype()
-    (opt, sched), clip_loss = _optimizer(model, lr, steps), ClipLoss()
+    rng = np.random.default_rng([2, seed])
+    model = tiny_clip(False).train()
+    opt, sched = _optimizer(model, lr, steps)
+    clip_loss = ClipLoss()
+    dtype = autocast_dtype()
+    losses = []
     for step in tqdm(range(steps), leave=False, disable=not progress):
         ids = rng.permutation(len(people))[:batch]
         x = _augment(to_input(images[ids, rng.integers(images.shape[1], size=len(ids))]), rng)
         text = tokenize([caption(people[i], rng) for i in ids])
-        with (
-            torch.autocast("cpu", dtype, enabled=dtype is not None),
-            sdpa_kernel(SDPBackend.MATH),
-        ):  # faster for short sequences
-            u, w = model.encode_image(x, normalize=True), model.encode_text(text, normalize=True)
+        low = torch.autocast("cpu", dtype, enabled=dtype is not None)
+        with low, sdpa_kernel(SDPBackend.MATH):  # this kernel is faster for short sequences
+            u = model.encode_image(x, normalize=True)
+            w = model.encode_text(text, normalize=True)
         loss = clip_loss(u.float(), w.float(), model.logit_scale.exp())
         opt.zero_grad()
         loss.backward()
@@ -170,19 +180,19 @@ def attribute_accuracy(
     model: nn.Module,  # a tiny CLIP
     images: np.ndarray,  # (N, 128, 64, 3) uint8
     people: list[Person],  # (N,) who is on them
-    attribute: str,  # a key of `pclclip_nb.synthetic.drawing.ATTRIBUTES` that every caption tells
-) -> float:  # share of images told right, 0 to 1
-    "Zero-shot accuracy for one attribute. Raises ValueError for one that captions do not always tell."
-    told = [a for a in ATTRIBUTES if a not in ("skin", "second", "hat_colour", "bag_colour")]
-    if attribute not in told:
-        raise ValueError(f"attribute {attribute!r} is not told in every caption: choose one of {', '.join(told)}")
-    right, values = 0, ATTRIBUTES[attribute]
+    attribute: str,  # a key of `pclclip_nb.synthetic.drawing.ATTRIBUTES` that every caption has
+) -> float:  # share of images with the right answer, 0 to 1
+    "Zero-shot accuracy for one attribute. Raises ValueError for one that some captions leave out."
+    always = [a for a in ATTRIBUTES if a not in ("skin", "second", "hat_colour", "bag_colour")]
+    if attribute not in always:
+        raise ValueError(f"attribute {attribute!r} is not told in every caption: choose one of {', '.join(always)}")
+    values = ATTRIBUTES[attribute]
+    right = 0
     for i in range(0, len(people), 100):
         few = people[i : i + 100]
         u = model.encode_image(to_input(images[i : i + 100]), normalize=True)
-        w = model.encode_text(
-            tokenize([caption(replace(p, **{attribute: v})) for p in few for v in values]), normalize=True
-        )
+        sentences = [caption(replace(person, **{attribute: value})) for person in few for value in values]
+        w = model.encode_text(tokenize(sentences), normalize=True)
         answers = torch.einsum("bd,bvd->bv", u, w.view(len(few), len(values), -1)).argmax(1)
         right += sum(values[a] == getattr(p, attribute) for a, p in zip(answers, few, strict=True))
     return right / len(people)
