@@ -16,27 +16,30 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% ../../nbs/backbones/02_batch_norm.ipynb #c40b8760
 class _Split:
-    "What the mixins share: pickle and deepcopy by the bases"
+    "Base of the mixins: pickle and deepcopy by the base classes"
 
     def __reduce__(self):
-        return _blank, type(self).__bases__, self.__dict__
+        return _empty_norm, type(self).__bases__, self.__dict__
 
 
 @cache
-def _mixed(*bases):
+def _mixed_class(*bases):
     "The class with these bases, made once; the last is the norm's own"
     return type("".join(b.__name__.lstrip("_") for b in bases), bases, {}) if len(bases) > 1 else bases[0]
 
 
-def _blank(*bases):
-    return _mixed(*bases).__new__(_mixed(*bases))
+def _empty_norm(*bases):
+    "A norm of these classes without attributes, for pickle to fill"
+    return _mixed_class(*bases).__new__(_mixed_class(*bases))
 
-
+# %% ../../nbs/backbones/02_batch_norm.ipynb #41ac7de5
 def _bases(norm):
+    "The classes a norm is made of, its own last"
     return type(norm).__bases__ if isinstance(norm, _Split) else (type(norm),)
 
-
+# %% ../../nbs/backbones/02_batch_norm.ipynb #ebe64ec0
 def _norms(module):
+    "All BatchNorms of a network. Raises ValueError for SyncBatchNorm."
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     if any(isinstance(m, nn.SyncBatchNorm) for m in norms):
         raise ValueError("SyncBatchNorm pools its statistics over processes: make the module with plain BatchNorm")
@@ -44,10 +47,14 @@ def _norms(module):
 
 # %% ../../nbs/backbones/02_batch_norm.ipynb #48862cb2
 class _Ghost(_Split):
+    "Each of `chunks` consecutive parts of a training batch by its own statistics"
+
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        parts, forward, tracks = x.chunk(self.chunks), super().forward, self.track_running_stats
+        parts = x.chunk(self.chunks)
+        forward = super().forward
+        tracks = self.track_running_stats
         if min(p.numel() // p.shape[1] for p in parts) < 2:
             raise ValueError(
                 f"{len(x)} images make chunks of {[len(p) for p in parts]}, and no statistics come from one value per "
@@ -79,7 +86,8 @@ def set_bn_chunks(
         bases = [b for b in _bases(norm) if b is not _Ghost]
         if chunks > 1:
             bases.insert(-1, _Ghost)
-        norm.__class__, norm.chunks = _mixed(*bases), int(chunks)
+        norm.__class__ = _mixed_class(*bases)
+        norm.chunks = int(chunks)
     return module
 
 # %% ../../nbs/backbones/02_batch_norm.ipynb #e5c35865
@@ -98,14 +106,18 @@ class _Sum(torch.autograd.Function):
 
 
 def _mean_over_processes(x):
+    "Mean of a tensor over processes, all with shares of one size"
     return _Sum.apply(x) / dist.get_world_size()
 
-
+# %% ../../nbs/backbones/02_batch_norm.ipynb #d8a0c307
 class _Pooled(_Split):
+    "A training batch by the statistics of all processes"
+
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        shape, dims = [1, -1] + [1] * (x.ndim - 2), [0, *range(2, x.ndim)]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        dims = [0, *range(2, x.ndim)]
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             mean = _mean_over_processes(wide.mean(dims))
@@ -129,11 +141,13 @@ def pool_bn(
 ) -> nn.Module:  # the same module; trains only where a process group is running
     "Every BatchNorm normalises by the images of all processes, each with as many"
     for norm in _norms(module):
-        norm.__class__ = _mixed(*[b for b in _bases(norm)[:-1] if b is not _Pooled], _Pooled, _bases(norm)[-1])
+        norm.__class__ = _mixed_class(*[b for b in _bases(norm)[:-1] if b is not _Pooled], _Pooled, _bases(norm)[-1])
     return module
 
 # %% ../../nbs/backbones/02_batch_norm.ipynb #d31efa4c
 class _Domain(_Split):
+    "The halves of a training batch by norms of their own; in evaluation the norm of `domain`"
+
     def forward(self, x):
         if not self.training:
             return self.source(x) if self.domain == "source" else super().forward(x)
@@ -159,8 +173,9 @@ def set_domain_bn(
         )
     for norm in norms:
         source = copy.deepcopy(norm)
-        norm.__class__ = _mixed(_Domain, *_bases(norm))
-        norm.source, norm.domain = source, "target"
+        norm.__class__ = _mixed_class(_Domain, *_bases(norm))
+        norm.source = source
+        norm.domain = "target"
     return module
 
 # %% ../../nbs/backbones/02_batch_norm.ipynb #0d1b7cad
@@ -184,7 +199,7 @@ def drop_source(
 ) -> nn.Module:  # the same module with the target's norms, plain again
     "Leave the target's network, for saving: its state dict has the names of the plain one"
     for norm in [m for m in module.modules() if isinstance(m, _Domain)]:
-        norm.__class__ = _mixed(*_bases(norm)[1:])
+        norm.__class__ = _mixed_class(*_bases(norm)[1:])
         del norm.source, norm.domain
     return module
 

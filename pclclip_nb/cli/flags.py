@@ -16,12 +16,13 @@ import torch
 from fastcore.docments import docments
 from torch import nn
 
+from ..backbones.batch_norm import reset_necks
 from ..backbones.create import create_backbone
-from ..backbones.published import flat_state, kind_of, read_checkpoint
+from ..backbones.published import flat_state, kind_of
 from ..backbones.resnet import RESNETS
+from ..backbones.weights import read_checkpoint
 from ..core.benchmarks import SPECS
 from ..data import read_csv, read_dataset, read_folder
-from ..experiments.domain_adaptation import reset_necks
 from ..experiments.recipes import RECIPES, Recipe, find_recipe
 from ..synthetic.tiny_clip import NAME, tiny_clip_weights
 from ..training.settings import TrainConfig

@@ -27,7 +27,8 @@ from ..core.benchmarks import SPECS
 from ..data import check_protocol, read_dataset
 from ..eval_viz import evaluate, plot_cmc, plot_epochs, rank_gallery, show_strips
 from ..experiments.per_camera import train_cameras
-from ..experiments.recipes import compare_to_log, on_track, recipe_table
+from ..experiments.recipes import recipe_table
+from ..experiments.tracking import compare_to_log, on_track
 from ..labels.reports import epoch_caption
 from ..results.explorer import write_explorer
 from ..results.runs import plot_history, read_run, run_layouts
@@ -36,6 +37,7 @@ from ..synthetic.tiny_clip import tiny_backbone
 from ..train import EpochResult, train
 from ..training.processes import processes
 from ..training.settings import TrainConfig
+from ..batches.augmentation import image_norm
 
 # %% ../../nbs/cli/02_main.ipynb #824c221c
 def _run(parser, argv, work):
@@ -70,7 +72,7 @@ def query_gallery_features(
     "Features of query and gallery"
     both = [_split(table, s) for s in ("query", "gallery")]
     images, device = Files(pd.concat(both, ignore_index=True), backbone.size), next(backbone.parameters()).device
-    loader = test_loader(images, norm=getattr(backbone, "norm", "imagenet"), workers=workers, device=device)
+    loader = test_loader(images, norm=image_norm(backbone), workers=workers, device=device)
     return extract_features(backbone, loader, precision, progress).split([len(t) for t in both])
 
 

@@ -19,12 +19,13 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from ..backbones.weights import fingerprint
 from ..batches.loading import Files, test_loader
 from ..clip_backbone import extract_features
 from ..core.arrays import check_features
 from ..core.files import digest, save_json, write_whole
 from ..core.pictures import image_strips, jpeg, thumbnail
-from .extract import Gallery, fingerprint, image_list, open_gallery, open_weights
+from .extract import Gallery, image_list, open_gallery, open_weights
 
 if TYPE_CHECKING:
     import faiss

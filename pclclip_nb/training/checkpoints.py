@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 
 from ..backbones.batch_norm import drop_source
-from ..clip_backbone import save_weights
+from ..backbones.weights import save_weights
 from ..core.files import digest, save_arrays, save_json, write_whole
 from ..memory_loss import ClusterMemory
 from .hybrid_memory import HybridMemory

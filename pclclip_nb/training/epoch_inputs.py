@@ -28,6 +28,7 @@ from .hybrid_memory import HybridMemory
 from .processes import Processes
 from .run import EpochState, Run
 from .settings import TrainConfig
+from ..batches.augmentation import image_norm
 
 # %% ../../nbs/training/07_epoch_inputs.ipynb #47a1d53e
 def run_images(
@@ -75,7 +76,7 @@ def run_features(
     n_source = 0 if run.source is None else len(run.source)
     images = run_images(run, slice(0, n_source) if source else slice(n_source, None))
     size = min(run.cfg.batch_size, -(-len(images) // run.process.n))  # at least one batch for every process
-    norm = getattr(run.backbone, "norm", "imagenet")
+    norm = image_norm(run.backbone)
     loader = test_loader(images, size, norm, run.cfg.workers, run.device, (run.process.rank, run.process.n))
     feats = extract_features(run.backbone, loader, run.cfg.feature_precision, progress)
     return gather_batches(feats, len(images), size, run.process)
@@ -235,7 +236,7 @@ def epoch_loader(
     "The training batches of an epoch"
     cfg = run.cfg
     if run.loader is None:
-        augment = Augment(getattr(run.backbone, "norm", "imagenet"), cfg.fill)
+        augment = Augment(image_norm(run.backbone), cfg.fill)
         sampler = epoch_sampler(run, epoch.labels)
         run.loader = train_loader(run_images(run), sampler, augment, cfg.workers, run.device, run.stepper.share)
     labels = epoch.labels

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..backbones.batch_norm import pool_bn, set_bn_chunks, set_domain_bn
-from ..clip_backbone import set_grad_checkpoint
+from ..core.attention import set_grad_checkpoint
 from ..core.files import write_whole
 from .epoch_labels import read_camera_labels, settings_clusterer, training_images, true_labels
 from .hybrid_memory import HybridMemory
