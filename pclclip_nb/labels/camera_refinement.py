@@ -16,7 +16,7 @@ from ..clustering import jaccard_graph, relabel
 from ..core.arrays import unit_rows
 from ..core.compute import in_blocks, row_blocks, stage
 from ..core.neighbours import knn
-from .graph_clustering import _cosines, average_linkage, infomap_labels, similarity_links
+from .graph_clustering import neighbour_cosines, average_linkage, infomap_labels, similarity_links
 
 # %% ../../nbs/labels/02_camera_refinement.ipynb #0cbd525e
 def _as_ids(n, **arrays):
@@ -61,7 +61,7 @@ def node_scores(
     "How firmly each image sits among its neighbours: sum of 1 / (distance + mean distance) (ICSR, 2023)"
     x, ranks = unit_rows(features), knn(features, links)
     cosines = np.empty(ranks.shape)
-    in_blocks(lambda b: _cosines(x, ranks, b.start, b.stop, cosines), row_blocks(len(x), 4096))
+    in_blocks(lambda b: neighbour_cosines(x, ranks, b.start, b.stop, cosines), row_blocks(len(x), 4096))
     d, linked = 1 - cosines, cosines >= min_sim
     d[:, 0], linked[:, 0] = 0, False  # the image itself
     return (linked / np.maximum(d + d.mean(), 1e-12)).sum(1)
