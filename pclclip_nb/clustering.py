@@ -6,8 +6,8 @@
 __all__ = ['jaccard_graph', 'dbscan', 'jaccard_dbscan', 'relabel']
 
 # %% ../nbs/02_clustering.ipynb #c85e7bc9
-from typing import TYPE_CHECKING
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -34,7 +34,7 @@ def _first_neighbours(ranks, n, k1):
 
 # %% ../nbs/02_clustering.ipynb #bd318854
 def jaccard_graph(
-    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows; numpy, memory map or torch, any device and float type
+    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows, any device and float type; or a memory map
     k1: int = 30,  # neighbours that vote, self included; k1 < N
     k2: int = 6,  # rows averaged by query expansion, 1 = off; k2 <= k1
     eps: float = 1.0,  # largest distance kept, in (0, 1]; 1 keeps every pair that shares support
@@ -51,17 +51,19 @@ def jaccard_graph(
     with stage("jaccard"):
         v = k_reciprocal_weights(x, ranks, mutual_positions(ranks), half_width(k1))
         v = query_expansion(v, ranks, k2) if k2 > 1 else v
-        c, top = v.tocsc(), np.float32(np.max(eps) + EPS_SLACK)
+        c = v.tocsc()
+        top = np.float32(np.max(eps) + EPS_SLACK)
         arrays = v.indptr, v.indices, v.data, 0, c.indptr, c.indices, c.data, 0, n
 
         def pairs(b):
             return jaccard_pairs(*arrays, top, b.start, b.stop)
 
-        return mirrored_graph(blocks_to_graph(in_blocks(pairs, job_blocks(n), "distances" if progress else "")))
+        parts = in_blocks(pairs, job_blocks(n), "distances" if progress else "")
+        return mirrored_graph(blocks_to_graph(parts))
 
 # %% ../nbs/02_clustering.ipynb #54c68188
 def dbscan(
-    graph: csr_array,  # (N, N) symmetric distances, all pairs within eps stored; a pair not stored is at distance 1
+    graph: csr_array,  # (N, N) symmetric distances of all pairs within eps; others are at distance 1
     eps: float | Sequence[float],  # radius in (0, 1], or E of them; at most the eps the graph was made with
     min_samples: int = 4,  # images within eps, self included, that make a core
 ) -> np.ndarray:  # (N,) int64 labels 0..C-1, -1 = outlier; (E, N) for several radii
@@ -69,20 +71,20 @@ def dbscan(
     check_jaccard_settings(eps, min_samples=min_samples)
     if np.ndim(eps):
         return np.stack([dbscan(graph, e, min_samples) for e in eps])
-    n, top = graph.shape[0], np.float32(eps + EPS_SLACK)
+    n = graph.shape[0]
+    top = np.float32(eps + EPS_SLACK)
     if top >= 1:  # then every pair is within eps
         return np.full(n, 0 if n >= min_samples else -1)
     labels = np.full(n, -1)
     with stage("dbscan"):
-        label_components(
-            graph.indptr, graph.indices, graph.data, top, min_samples, np.zeros(n, bool), np.arange(n), labels
-        )
+        scratch = np.zeros(n, bool), np.arange(n)
+        label_components(graph.indptr, graph.indices, graph.data, top, min_samples, *scratch, labels)
     return labels
 
 # %% ../nbs/02_clustering.ipynb #3dfe8476
 def jaccard_dbscan(
-    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows; numpy, memory map or torch, any device and float type
-    eps: float | Sequence[float],  # DBSCAN radius, Jaccard distance in (0, 1], or E of them; the papers use .4 to .7
+    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows, any device and float type; or a memory map
+    eps: float | Sequence[float],  # DBSCAN radius in (0, 1], or E of them; the papers use .4 to .7
     k1: int = 30,  # neighbours that vote, self included; k1 < N
     k2: int = 6,  # rows averaged by query expansion; k2 <= k1
     min_samples: int = 4,  # images within eps, self included, that make a core
@@ -91,7 +93,8 @@ def jaccard_dbscan(
 ) -> np.ndarray:  # (N,) int64 pseudo labels 0..C-1, -1 = outlier; (E, N) for several radii
     "Pseudo labels: k-reciprocal Jaccard distances, then DBSCAN"
     check_jaccard_settings(eps, k1=k1, k2=k2, min_samples=min_samples)
-    return dbscan(jaccard_graph(features, k1, k2, np.max(eps), method=method, progress=progress), eps, min_samples)
+    graph = jaccard_graph(features, k1, k2, np.max(eps), method=method, progress=progress)
+    return dbscan(graph, eps, min_samples)
 
 # %% ../nbs/02_clustering.ipynb #d30143de
 def relabel(

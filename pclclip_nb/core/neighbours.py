@@ -6,8 +6,8 @@
 __all__ = ['exact_dot', 'empty_table', 'rescore_candidates', 'search_by_tiles', 'search_by_torch', 'knn']
 
 # %% ../../nbs/core/05_neighbours.ipynb #c0e686e6
-from typing import TYPE_CHECKING
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -74,7 +74,8 @@ def _rescore(x, rows, y, cols, fill, shift, best, ids):
 # %% ../../nbs/core/05_neighbours.ipynb #983913a3
 def _rescore_crowded(x, rows, y, shift, best, ids):
     "Exact neighbours of single rows of x among all rows of y"
-    k, slack = best.shape[1], np.float32(x.shape[1] * 2.0**-22)
+    k = best.shape[1]
+    slack = np.float32(x.shape[1] * 2.0**-22)
     for i in rows:
         product = y @ x[i]
         floor = np.partition(product, -k)[-k] - slack if k <= len(y) else -2
@@ -92,9 +93,10 @@ def rescore_candidates(
     best: np.ndarray,  # (n, k) float64 scores from `empty_table`, updated in place
     ids: np.ndarray,  # (n, k) int64 row numbers, updated in place
 ) -> None:
-    "Sort the k nearest of all candidates into the table, by their 64-bit scores; rows without room are searched in full"
+    "Sort candidates into the table by their 64-bit scores; rows without room are searched in full"
     keys, cols, fill, floor = candidates
-    crowded, lower = np.flatnonzero(floor == 32767), lowered_keys(2 * error)
+    crowded = np.flatnonzero(floor == 32767)
+    lower = lowered_keys(2 * error)
     fill[crowded] = 0
 
     def work(b):
@@ -111,12 +113,13 @@ def search_by_tiles(
     best: np.ndarray,  # (N, k) float64 scores from `empty_table`, updated in place
     ids: np.ndarray,  # (N, k) int64 row numbers, updated in place
     bar: str = "",  # title of a progress bar, "" = none
-    on_tile: Callable | None = None,  # called with first row, first column and the bf16 bits (int16) of every tile
+    on_tile: Callable | None = None,  # called with row, column and int16 bf16 bits of every tile
 ) -> float:  # E: how far the rough scores of the tiles can be from the exact ones
     "Exact neighbours by the processor's matrix unit: rough tiles, then 64-bit scores of the candidates"
     import torch
 
-    d, k = x.shape[1], best.shape[1]
+    d = x.shape[1]
+    k = best.shape[1]
     left, sizes = rough_operand(x, torch.from_numpy(x.mean(0)), rough_dtype(d))
     error = rough_error_bound(*sizes, d)
     candidates = collect_candidates(left, left, d, k, error, bar=bar, on_tile=on_tile)
@@ -151,12 +154,13 @@ def search_by_torch(
     ids: np.ndarray,  # (n, k) int64 row numbers, updated in place
     bar: str = "",  # title of a progress bar, "" = none
 ) -> None:
-    "Exact neighbours of the rows of x among those of y: products and topk on the device of the features, then 64-bit scores"
+    "Exact neighbours of the rows of x among those of y: topk on the device of the features, then 64-bit scores"
     import torch
 
     z = features.detach().float() if hasattr(features, "detach") else torch.from_numpy(np.require(x, None, "W"))
     w = z if y is x else torch.from_numpy(np.require(y, None, "W")).to(z.device)
-    k, m = best.shape[1], min(len(y), best.shape[1] + 32)
+    k = best.shape[1]
+    m = min(len(y), best.shape[1] + 32)
     slack = 2 * _product_error(x.shape[1])
     for b in tqdm(row_blocks(len(x), max(64, min(4096, 2**28 // len(y)))), bar, disable=not bar, leave=False):
         score, cols = (a.cpu().numpy() for a in (z[b] @ w.T).topk(m))
@@ -170,7 +174,8 @@ def _search_by_faiss(x, method, best, ids):
     "Neighbours by an index of faiss: exact for 'flat', else approximate"
     import faiss
 
-    (n, d), k = x.shape, best.shape[1]
+    n, d = x.shape
+    k = best.shape[1]
     if method == "flat":
         index = faiss.IndexFlatIP(d)
     elif method == "hnsw":
@@ -183,7 +188,8 @@ def _search_by_faiss(x, method, best, ids):
         index.train(x[:: max(1, n // (64 * lists))])
     index.add(x)
     score, cols = index.search(x, min(n, k + 32) if method == "flat" else k)
-    fill, redo = (cols >= 0).sum(1), (cols < 0).any(1)
+    fill = (cols >= 0).sum(1)
+    redo = (cols < 0).any(1)
     if method == "flat":
         fill = (score >= score[:, k - 1 : k] - d * 2.0**-22).sum(1)
         redo = (fill == cols.shape[1]) & (fill < n)
@@ -191,7 +197,7 @@ def _search_by_faiss(x, method, best, ids):
 
 # %% ../../nbs/core/05_neighbours.ipynb #f8fa22f7
 def knn(
-    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows; numpy, memory map or torch, any device and float type
+    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows, any device and float type; or a memory map
     k: int,  # neighbours per image, the image itself included; 1 <= k <= N
     method: str = "auto",  # exact: 'tiles' (CPU), 'torch' (the features' device), 'flat' (faiss); approximate: 'hnsw', 'ivf'
     progress: bool = False,  # show a progress bar

@@ -6,8 +6,8 @@
 __all__ = ['nearest_and_farthest', 're_ranked_rows', 're_rank']
 
 # %% ../../nbs/core/07_reranking.ipynb #d5edda51
-from typing import TYPE_CHECKING
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -38,7 +38,7 @@ def _lower_minima(tile, rows, cols):
 
 # %% ../../nbs/core/07_reranking.ipynb #777e2762
 def _exact_minima(x, possible):
-    "(N,) the smallest dot product of each row with the tiles of rows where it can be; `possible` is (tiles, N) bool"
+    "(N,) smallest dot product of each row with the tiles where it can be: `possible`, (tiles, N) bool"
     import torch
 
     y = torch.from_numpy(np.require(x, None, "W"))
@@ -116,19 +116,23 @@ def re_ranked_rows(
     lambda_value: float = 0.3,  # share of the plain distance in [0, 1]; 1 = the plain order
     power: int = 2,  # of the Euclidean distance: 2 as published, 4 as in code that squares squared distances
 ) -> Callable[[slice], np.ndarray]:  # slice of queries -> (B, G) float32 distances
-    "Prepare k-reciprocal re-ranking (arXiv 1701.08398); the function it returns computes the distances of some queries. Raises a ValueError on impossible settings"
+    "Prepare k-reciprocal re-ranking (arXiv 1701.08398); returns a function: slice of queries -> distances"
     import torch
 
     x = _checked_images(qf, gf, k1, k2, lambda_value, power)
-    Q, G = len(qf), len(gf)
+    Q = len(qf)
+    G = len(gf)
     with stage("re-ranking"):
         ranks, least = nearest_and_farthest(x, k1 + 1)
-        ranks, farthest = ranks.astype(np.int32), np.maximum(2 - 2 * least, 1e-6)
+        ranks = ranks.astype(np.int32)
+        farthest = np.maximum(2 - 2 * least, 1e-6)
         v = _share_weights(x, ranks, farthest, power)
         v = query_expansion(v, ranks, k2) if k2 > 1 else v
-        queries, c = v[:Q], v[Q:].tocsc()
+        queries = v[:Q]
+        c = v[Q:].tocsc()
     arrays = queries.indptr, queries.indices, queries.data, 0, c.indptr, c.indices, c.data, Q, G, np.float32(1)
-    (q, g), scale = torch.from_numpy(x).split([Q, G]), torch.from_numpy(2 / farthest[:Q, None])
+    q, g = torch.from_numpy(x).split([Q, G])
+    scale = torch.from_numpy(2 / farthest[:Q, None])
 
     def distances(rows):
         out = torch.addmm(scale[rows], q[rows] * -scale[rows], g.T)
@@ -149,7 +153,7 @@ def re_rank(
     lambda_value: float = 0.3,  # share of the plain distance in [0, 1]; 1 = the plain order
     power: int = 2,  # of the Euclidean distance: 2 as published, 4 as in code that squares squared distances
 ) -> np.ndarray:  # (Q, G) float32 distances in [0, 1], small = similar
-    "Distances of every query to every gallery image after k-reciprocal re-ranking; `re_ranked_rows` computes them in parts"
+    "Distances of all queries to all gallery images after k-reciprocal re-ranking; see `re_ranked_rows` for parts"
     distances = re_ranked_rows(qf, gf, k1, k2, lambda_value, power)
     out = np.empty((len(qf), len(gf)), np.float32)
 

@@ -9,10 +9,10 @@ __all__ = ['TILE', 'rough_operand', 'turned_operand', 'rough_error_bound', 'roug
 # %% ../../nbs/core/04_tiles.ipynb #de12ed83
 import math
 import threading
-from functools import lru_cache
-from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple
 from collections.abc import Callable
+from functools import lru_cache
+from timeit import repeat
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def rough_operand(
     x: np.ndarray,  # (n, d) float32 rows, n >= 1
     mean: "torch.Tensor",  # (d,) float32, subtracted from every row
     dtype: "torch.dtype",  # of the product: torch.bfloat16 or torch.float32
-) -> tuple["torch.Tensor", list[float]]:  # (n, d + 4 or more) rows (y, b, 1); largest length, bias and rounding loss
+) -> tuple["torch.Tensor", list[float]]:  # (n, d') rows (y, b, 1); largest length, bias and rounding loss
     "Rows of the left factor of the rough product, and the three sizes that `rough_error_bound` needs"
     import torch
 
@@ -79,12 +79,7 @@ def rough_dtype(
     def seconds(dtype):
         a = torch.ones((512, d), dtype=dtype)
         b = torch.ones((1024, d), dtype=dtype)
-        times = []
-        for _ in range(4):
-            start = perf_counter()
-            torch.mm(a, b.T)
-            times.append(perf_counter() - start)
-        return min(times)
+        return min(repeat(lambda: torch.mm(a, b.T), number=1, repeat=4))
 
     return min(torch.bfloat16, torch.float32, key=seconds)
 
@@ -174,8 +169,9 @@ def _offer(i, j, key, keys, cols, fill, floor, k, lower):
 # %% ../../nbs/core/04_tiles.ipynb #3c24a015
 @compiled
 def _scan(tile, r0, c0, both, key, near, eight, keys, cols, fill, floor, k, lower):
-    "Offer the entries of a tile with first row r0 and first column c0; `key`, `near` and its 64-bit view `eight` are scratch"
-    width, diagonal = tile.shape[1], both and r0 == c0
+    "Offer the entries of a tile at (r0, c0); `key`, `near` and its 64-bit view `eight` are scratch"
+    width = tile.shape[1]
+    diagonal = both and r0 == c0
     for r in range(tile.shape[0]):
         i = r0 + r
         for c in range(width):
@@ -218,22 +214,25 @@ def collect_candidates(
     error: float,  # E, from `rough_error_bound`
     floor: np.ndarray | None = None,  # (n,) int16 keys to start from, changed in place; None = accept all
     bar: str = "",  # title of a progress bar, "" = none
-    on_tile: Callable | None = None,  # called with first row, first column and the bf16 bits (int16) of every tile
+    on_tile: Callable | None = None,  # called with row, column and int16 bf16 bits of every tile
 ) -> Candidates:  # of the n rows; with the k nearest of each among them, unless its floor is 32,767
     "Candidates of the rows of `left` among `others`, from one pass over all tiles"
     import torch
 
-    n, both = len(left), others is left
+    n = len(left)
+    both = others is left
     room = min(max(128, 4 * k), 32767)
     floor = np.full(n, -32767, np.int16) if floor is None else floor
-    found = Candidates(np.empty((n, room), np.int16), np.empty((n, room), np.int32), np.zeros(n, np.int32), floor)
+    keys, cols = (np.empty((n, room), t) for t in (np.int16, np.int32))
+    found = Candidates(keys, cols, np.zeros(n, np.int32), floor)
     lower = lowered_keys(2 * error)
     locks = [threading.RLock() for _ in range(0, n, TILE)]
 
     def work(job):
         tiles, b = job
         right = turned_operand(others[b : b + TILE], d)
-        key, near = np.empty(TILE, np.int16), np.zeros(TILE, np.uint8)
+        key = np.empty(TILE, np.int16)
+        near = np.zeros(TILE, np.uint8)
         for a in tiles:
             tile = torch.mm(left[a : a + TILE], right.T).bfloat16().view(torch.int16).numpy()
             if on_tile:

@@ -40,13 +40,13 @@ def neighbour_cosines(
 
 # %% ../../nbs/labels/00_graph_clustering.ipynb #863f3c07
 def similarity_links(
-    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows; numpy, memory map or torch, any device and float type
+    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows, any device and float type; or a memory map
     k: int = 15,  # neighbours looked at, the image itself included; 1 <= k <= N
     min_sim: float = 0.5,  # smallest cosine of a link, in (0, 1]
     method: str = "auto",  # how `knn` finds the neighbours
     progress: bool = False,  # show a progress bar
 ) -> csr_array:  # (N, N) float64 cosines; row i = links from i, nearest first, no diagonal
-    "Directed graph of the nearest neighbours that are similar enough, as Cluster Contrast feeds it to Infomap"
+    "Directed graph of the similar nearest neighbours, as Cluster Contrast gives it to Infomap"
     x = unit_rows(features)
     if not 0 < min_sim <= 1:
         raise ValueError(f"min_sim = {min_sim} is outside (0, 1]: it is a cosine, the papers use 0.5")
@@ -91,7 +91,7 @@ def infomap_labels(
     min_size: int = 4,  # a cluster of this many images or fewer is dropped: its images are outliers
     seed: int = 123,  # of the search, >= 1; same seed and graph, same labels
 ) -> np.ndarray:  # (N,) int64 pseudo labels 0..C-1, -1 = outlier
-    "Clusters in which a walker along the links stays long (Rosvall and Bergstrom, 2008), two levels, directed"
+    "Infomap clusters of a directed graph, in two levels (Rosvall and Bergstrom, 2008)"
     if min_size < 0 or min_size != int(min_size):
         raise ValueError(f"min_size = {min_size} must be a whole number of at least 0")
     if seed < 1 or seed != int(seed):
@@ -107,7 +107,7 @@ def infomap_labels(
 
 # %% ../../nbs/labels/00_graph_clustering.ipynb #e7d3692f
 def infomap_clusters(
-    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows; numpy, memory map or torch, any device and float type
+    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows, any device and float type; or a memory map
     k: int = 15,  # neighbours looked at, the image itself included; 1 <= k <= N
     min_sim: float = 0.5,  # smallest cosine of a link, in (0, 1]
     min_size: int = 4,  # a cluster of this many images or fewer is dropped: its images are outliers
@@ -121,7 +121,7 @@ def infomap_clusters(
 # %% ../../nbs/labels/00_graph_clustering.ipynb #8f51e906
 @compiled
 def _sum_entries(a, parent, follow, tail, starts, fill, cols, shared, place):
-    "Sum the entries in the rows of cluster a that now mean the same cluster; `place` is where the sum of each cluster stands"
+    "Sum the entries of cluster a that now mean the same cluster; `place` is where each sum is"
     i = last = a
     while i >= 0:
         w = starts[i]
@@ -130,39 +130,54 @@ def _sum_entries(a, parent, follow, tail, starts, fill, cols, shared, place):
             if place[c] >= 0:
                 shared[place[c]] += shared[e]
             elif c != a:
-                cols[w], shared[w], place[c] = c, shared[e], w
+                cols[w] = c
+                shared[w] = shared[e]
+                place[c] = w
                 w += 1
         fill[i] = w - starts[i]
         if fill[i] > 0 and i != a:  # rows that hold nothing any more leave the list
-            follow[last], last = i, i
+            follow[last] = i
+            last = i
         i = follow[i]
-    follow[last], tail[a] = -1, last
+    follow[last] = -1
+    tail[a] = last
 
 # %% ../../nbs/labels/00_graph_clustering.ipynb #6c0151b5
 @compiled
 def _most_similar(a, size, follow, starts, fill, cols, shared, place):
     "Cluster with the largest mean similarity to a, the first of several, -1 = none; and that mean"
-    best, top, i = -1, 0.0, a
+    best = -1
+    top = 0.0
+    i = a
     while i >= 0:
         for e in range(starts[i], starts[i] + fill[i]):
             c = cols[e]
-            mean, place[c] = shared[e] / (np.float64(size[a]) * np.float64(size[c])), -1
+            mean = shared[e] / (np.float64(size[a]) * np.float64(size[c]))
+            place[c] = -1
             if mean > top or (mean == top and c < best):
-                best, top = c, mean
+                best = c
+                top = mean
         i = follow[i]
     return best, top
 
 # %% ../../nbs/labels/00_graph_clustering.ipynb #22e462ff
 @compiled
 def _merge_chain(starts, fill, cols, shared, pairs, means):
-    "All merges with support: smallest images of the two, mean similarity. Returns how many; -1 = not symmetric"
-    n, m = fill.shape[0], 0
-    parent, size, chain = np.arange(n), np.ones(n, np.int64), np.empty(n, np.int64)
-    follow, tail, place = np.full(n, -1), np.arange(n), np.full(n, -1)
+    "All merges with support: smallest images of both, mean similarity; returns how many, -1 = not symmetric"
+    n = fill.shape[0]
+    m = 0
+    parent = np.arange(n)
+    size = np.ones(n, np.int64)
+    chain = np.empty(n, np.int64)
+    follow = np.full(n, -1)
+    tail = np.arange(n)
+    place = np.full(n, -1)
     for start in range(n):  # clusters of smaller images are done: nothing is left near them
-        chain[0], t = start, int(parent[start] == start)
+        chain[0] = start
+        t = int(parent[start] == start)
         while t > 0:
-            a, before = chain[t - 1], chain[t - 2] if t > 1 else -1
+            a = chain[t - 1]
+            before = chain[t - 2] if t > 1 else -1
             _sum_entries(a, parent, follow, tail, starts, fill, cols, shared, place)
             b, mean = _most_similar(a, size, follow, starts, fill, cols, shared, place)
             if b < 0:
@@ -174,8 +189,13 @@ def _merge_chain(starts, fill, cols, shared, pairs, means):
                 t += 1
             else:
                 a, b, t = min(a, b), max(a, b), max(t - 2, 1)
-                pairs[m, 0], pairs[m, 1], means[m] = a, b, mean
-                parent[b], follow[tail[a]], tail[a], size[a] = a, b, tail[b], size[a] + size[b]
+                pairs[m, 0] = a
+                pairs[m, 1] = b
+                means[m] = mean
+                parent[b] = a
+                follow[tail[a]] = b
+                tail[a] = tail[b]
+                size[a] = size[a] + size[b]
                 m += 1
     return m
 
@@ -186,7 +206,8 @@ def _merges(graph):
     one = 2**30  # similarities are whole numbers of 2^-30
     shared = np.rint((1 - graph.data.astype(np.float64)) * one).astype(np.int64)
     starts = graph.indptr.astype(np.int64)
-    pairs, means = np.empty((n, 2), np.int64), np.empty(n)
+    pairs = np.empty((n, 2), np.int64)
+    means = np.empty(n)
     m = _merge_chain(starts[:-1], np.diff(starts), graph.indices.copy(), shared, pairs, means)
     if m < 0:
         raise ValueError("graph is not symmetric: give distances both ways, as jaccard_graph does")
@@ -198,7 +219,7 @@ def average_linkage(
     graph: csr_array,  # (N, N) symmetric distances in [0, 1], no diagonal; a pair not stored is at distance 1
     n_clusters: int,  # clusters wanted, 1 to N; more are left where the rest has no pair below distance 1
 ) -> np.ndarray:  # (N,) int64 pseudo labels 0..C-1 in the order of first images, no outliers
-    "Agglomerative clustering with mean distances; the labels of the full matrix in memory proportional to the pairs stored"
+    "Agglomerative clustering with mean distances, in memory proportional to the pairs stored"
     n = graph.shape[0]
     if not 1 <= n_clusters <= n or n_clusters != int(n_clusters):
         raise ValueError(f"n_clusters = {n_clusters} must be a whole number from 1 to the number of images, {n}")
@@ -208,7 +229,7 @@ def average_linkage(
 
 # %% ../../nbs/labels/00_graph_clustering.ipynb #31518acd
 def jaccard_linkage(
-    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows; numpy, memory map or torch, any device and float type
+    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows, any device and float type; or a memory map
     n_clusters: int,  # clusters wanted, 1 to N; more are left where the rest shares no support
     k1: int = 30,  # neighbours that vote, self included; k1 < N
     k2: int = 6,  # rows averaged by query expansion; k2 <= k1

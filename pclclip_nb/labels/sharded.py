@@ -80,7 +80,7 @@ def _exchange_bytes(out, into, to, source, group):
 def ring(
     arrays: Sequence[np.ndarray],  # of this rank; the same dtypes and trailing shapes on all ranks, any lengths
     group: "dist.ProcessGroup | None" = None,  # None = all processes
-) -> Iterator[tuple[int, list[np.ndarray]]]:  # R times rank and arrays: this one's, then those of the rank before, ...
+) -> Iterator[tuple[int, list[np.ndarray]]]:  # rank and arrays: this one's, then those of the rank before, ...
     "Let the arrays of all ranks visit this one. All ranks must take the same number of steps."
     rank, world = _rank_and_size(group)
     visitors = [np.ascontiguousarray(a) for a in arrays]
@@ -141,8 +141,9 @@ def _check_shards(features, group, eps=1.0, **counts):
 
 # %% ../../nbs/labels/07_sharded.ipynb #0e42da67
 def _common_operand(x, group):
-    "What all ranks must share: mean, type of the rough product, largest sizes; and the rows of this rank for the product"
-    d, n = x.shape[1], _gather_numbers([len(x)], group).sum()
+    "Mean, type of the rough product and largest sizes, the same on all ranks; and this rank's operand"
+    d = x.shape[1]
+    n = _gather_numbers([len(x)], group).sum()
     mean = torch.from_numpy(_gather_numbers(x.sum(0, dtype=np.float64), group).sum(0) / n).float()
     rounded = _gather_numbers([rough_dtype(d) == torch.bfloat16], group)[0, 0]  # the type that is faster on rank 0
     dtype = torch.bfloat16 if rounded else torch.float32
@@ -167,13 +168,14 @@ def _tile_search(x, k, group):
 
 # %% ../../nbs/labels/07_sharded.ipynb #27579248
 def knn_sharded(
-    features: "np.ndarray | torch.Tensor",  # (N_r, d) unit rows of this rank; numpy, memory map or torch, any device and type
+    features: "np.ndarray | torch.Tensor",  # (N_r, d) unit rows of this rank, any device and float type
     k: int,  # neighbours per image, the image itself included; 1 <= k <= N
     group: "dist.ProcessGroup | None" = None,  # None = all processes
 ) -> np.ndarray:  # (N_r, k) int64 neighbours of this rank's rows, numbered over all ranks
     "Rows of the table of `knn`, for features spread over the ranks of a group"
     x = _check_shards(features, group, k=k)
-    rank, starts = _rank_and_size(group)[0], _shard_starts(len(x), group)
+    rank = _rank_and_size(group)[0]
+    starts = _shard_starts(len(x), group)
     if starts[-1] < k:
         raise ValueError(f"k = {k} needs at least {k} images, got {starts[-1]}: lower k")
     search = _tile_search(x, k, group)  # on a card too: the ranks exchange numbers in there
@@ -211,7 +213,8 @@ def _shard_weights(x, ranks, half, starts, group):
     scores = [np.empty(len(cols)) for _, cols in parts]
     for r, (y,) in ring([x], group):
         in_blocks(lambda t: member_scores(x[blocks[t]], y, starts[r], *parts[t], scores[t]), range(len(blocks)))
-    return _concatenate_blocks([(counts, cols, member_weights(s, counts)) for (counts, cols), s in zip(parts, scores)])
+    weighted = [(counts, cols, member_weights(s, counts)) for (counts, cols), s in zip(parts, scores)]
+    return _concatenate_blocks(weighted)
 
 # %% ../../nbs/labels/07_sharded.ipynb #8a1d8325
 def _row_pointers(counts):
@@ -256,10 +259,10 @@ def _shard_pairs(v, starts, top, group):
 
 # %% ../../nbs/labels/07_sharded.ipynb #46198967
 def jaccard_graph_sharded(
-    features: "np.ndarray | torch.Tensor",  # (N_r, d) unit rows of this rank; numpy, memory map or torch, any device and type
+    features: "np.ndarray | torch.Tensor",  # (N_r, d) unit rows of this rank, any device and float type
     k1: int = 30,  # neighbours that vote, self included; k1 < N
     k2: int = 6,  # rows averaged by query expansion, 1 = off; k2 <= k1
-    eps: float = 1.0,  # largest distance kept, in (0, 1]; 1 keeps every pair that shares support, which are many
+    eps: float = 1.0,  # largest distance kept, in (0, 1]; 1 keeps every pair that shares support
     group: "dist.ProcessGroup | None" = None,  # None = all processes
 ) -> csr_array:  # (N, N) float32, on all ranks
     "The graph of `jaccard_graph`, for features spread over the ranks of a group"
@@ -278,13 +281,13 @@ def jaccard_graph_sharded(
 
 # %% ../../nbs/labels/07_sharded.ipynb #04328f61
 def jaccard_dbscan_sharded(
-    features: "np.ndarray | torch.Tensor",  # (N_r, d) unit rows of this rank; numpy, memory map or torch, any device and type
+    features: "np.ndarray | torch.Tensor",  # (N_r, d) unit rows of this rank, any device and float type
     eps: float | Sequence[float],  # DBSCAN radius, Jaccard distance in (0, 1], or E of them
     k1: int = 30,  # neighbours that vote, self included; k1 < N
     k2: int = 6,  # rows averaged by query expansion; k2 <= k1
     min_samples: int = 4,  # images within eps, self included, that make a core
     group: "dist.ProcessGroup | None" = None,  # None = all processes
-) -> np.ndarray:  # (N,) int64 pseudo labels 0..C-1 of all images, -1 = outlier, on all ranks; (E, N) for several radii
+) -> np.ndarray:  # (N,) int64 labels of all images, on all ranks, -1 = outlier; (E, N) for several radii
     "The labels of `jaccard_dbscan`, for features spread over the ranks of a group"
     _check_shards(features, group, eps, k1=k1, k2=k2, min_samples=min_samples)
     return dbscan(jaccard_graph_sharded(features, k1, k2, np.max(eps), group), eps, min_samples)
