@@ -6,20 +6,25 @@
 __all__ = ['nearest_and_farthest', 're_ranked_rows', 're_rank']
 
 # %% ../../nbs/core/07_reranking.ipynb #d5edda51
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from ..clustering import _as_graph, _block_size, _check_settings, _expanded, _join, _members, _pair_scores
-from ..clustering import _places, _softmax
-from .arrays import unit_rows
+from .arrays import check_pair, unit_rows
 from .compute import compiled, in_blocks, row_blocks, single_threaded, stage
-from .neighbours import _by_tiles, _table
+from .jaccard import blocks_to_graph, check_jaccard_settings, jaccard_pairs, job_blocks
+from .jaccard import k_reciprocal_members, member_scores, member_weights, mutual_positions
+from .jaccard import query_expansion
+from .neighbours import empty_table, search_by_tiles
+from .tiles import TILE, key_values
+
+if TYPE_CHECKING:
+    import torch
 
 # %% ../../nbs/core/07_reranking.ipynb #55457d9f
-_TILE = 1024  # rows and columns of the tiles that `_by_tiles` shows
-
-
 @compiled
-def _least(tile, rows, cols):
+def _lower_minima(tile, rows, cols):
     "Lower `rows` and `cols` to the smallest key of each row and column of a tile of bf16 bits"
     for r in range(tile.shape[0]):
         low = rows[r]
@@ -31,103 +36,67 @@ def _least(tile, rows, cols):
                 cols[c] = key
         rows[r] = low
 
-
-def _numbers(keys):
-    "What int16 keys stand for, float32"
-    return ((keys ^ ((keys >> 15) & np.int16(0x7FFF))).astype(np.int32) << 16).view(np.float32)
-
 # %% ../../nbs/core/07_reranking.ipynb #777e2762
-def nearest_and_farthest(
-    features,  # (N, d) unit rows
-    k: int,  # neighbours per image, itself included
-) -> tuple[np.ndarray, np.ndarray]:  # (N, k) int64 as `knn`; (N,) float32 smallest dot product with any row
-    "Where an image's neighbours are and how far its farthest image is, from one pass over all pairs"
-    x = unit_rows(features)
-    (best, ids), low = _table(len(x), k), np.full((-(-len(x) // _TILE), len(x)), 32767, np.int16)
-
-    def seen(a, b, tile):
-        _least(tile, low[b // _TILE, a : a + len(tile)], low[a // _TILE, b : b + tile.shape[1]])
-
-    with stage("knn"):
-        error = _by_tiles(x, best, ids, seen=seen)
-    rough = _numbers(low)
-    return ids, _exact_least(x, rough <= rough.min(0) + 2 * error)
-
-
-def _exact_least(x, doubt):
-    "(N,) the smallest dot products, of each row with those tiles of rows where it can be: (tiles, N) bool"
+def _exact_minima(x, possible):
+    "(N,) smallest dot product of each row with the tiles where it can be: `possible`, (tiles, N) bool"
     import torch
 
-    y, least = torch.from_numpy(np.require(x, None, "W")), np.full(len(x), np.inf, np.float32)
+    y = torch.from_numpy(np.require(x, None, "W"))
+    least = np.full(len(x), np.inf, np.float32)
 
     def work(t):
-        rows, tile = np.flatnonzero(doubt[t]), y[t * _TILE : (t + 1) * _TILE]
-        parts = np.array_split(rows, len(rows) // _TILE + 1)
+        rows = np.flatnonzero(possible[t])
+        tile = y[t * TILE : (t + 1) * TILE]
+        parts = np.array_split(rows, len(rows) // TILE + 1)
         return rows, np.concatenate([(y[p] @ tile.T).amin(1).numpy() for p in parts])
 
-    for rows, low in single_threaded(work, range(len(doubt))):
+    for rows, low in single_threaded(work, range(len(possible))):
         least[rows] = np.minimum(least[rows], low)
     return least
 
+# %% ../../nbs/core/07_reranking.ipynb #72afb1bc
+def nearest_and_farthest(
+    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows
+    k: int,  # neighbours per image, itself included
+) -> tuple[np.ndarray, np.ndarray]:  # (N, k) int64 as `knn`; (N,) float32 smallest dot product with any row
+    "The k nearest of each image, and its dot product with the farthest, from one pass over all pairs"
+    x = unit_rows(features)
+    best, ids = empty_table(len(x), k)
+    low = np.full((-(-len(x) // TILE), len(x)), 32767, np.int16)
+
+    def note_minima(a, b, tile):
+        _lower_minima(tile, low[b // TILE, a : a + len(tile)], low[a // TILE, b : b + tile.shape[1]])
+
+    with stage("knn"):
+        error = search_by_tiles(x, best, ids, on_tile=note_minima)
+    rough = key_values(low)
+    return ids, _exact_minima(x, rough <= rough.min(0) + 2 * error)
+
 # %% ../../nbs/core/07_reranking.ipynb #354eb49a
-def _relative(dots, farthest, power):
-    "o: distances to the `power`, as a share of the row's largest"
+def _distance_shares(dots, farthest, power):
+    "o: Euclidean distances to the `power`, as shares of the row's largest"
     return ((2 - 2 * dots) / farthest).clip(0) ** (power / 2)
 
-
-def _support(x, ranks, farthest, power):
+# %% ../../nbs/core/07_reranking.ipynb #610f6f20
+def _share_weights(x, ranks, farthest, power):
     "(N, N) V before query expansion: a row's weights on its k-reciprocal neighbours"
-    places, half = _places(ranks), round((ranks.shape[1] - 1) / 2) + 1
+    positions = mutual_positions(ranks)
+    half = round((ranks.shape[1] - 1) / 2) + 1
 
     def work(b):
-        counts, cols = _members(ranks, places, half, b.start, b.stop)
+        counts, cols = k_reciprocal_members(ranks, positions, half, b.start, b.stop)
         dots = np.empty(len(cols))
-        _pair_scores(x[b], x, 0, counts, cols, dots)
-        share = _relative(dots, np.repeat(farthest[b], counts), power)
-        return counts, cols, _softmax(1 - share / 2, counts)  # exp(2 (1 - o/2) - 2) = exp(-o)
+        member_scores(x[b], x, 0, counts, cols, dots)
+        share = _distance_shares(dots, np.repeat(farthest[b], counts), power)
+        return counts, cols, member_weights(1 - share / 2, counts)  # exp(2 (1 - o/2) - 2) = exp(-o)
 
-    return _as_graph(in_blocks(work, row_blocks(len(x), _block_size(len(x)))))
+    return blocks_to_graph(in_blocks(work, job_blocks(len(x))))
 
-# %% ../../nbs/core/07_reranking.ipynb #72e9f89b
-def re_ranked_rows(
-    qf,  # (Q, d) unit rows: query features, numpy or torch
-    gf,  # (G, d) unit rows: gallery features
-    k1: int = 20,  # neighbours that vote, beside the image itself; k1 < Q + G
-    k2: int = 6,  # rows averaged by query expansion, 1 = off; k2 <= k1
-    lambda_value: float = 0.3,  # share of the plain distance in [0, 1]; 1 = the plain order
-    power: int = 2,  # of the Euclidean distance: 2 as published, 4 as in code that squares squared distances
-):  # function: slice of queries -> (B, G) float32 distances
-    "Prepare k-reciprocal re-ranking (arXiv 1701.08398); the function it returns makes the distances of some queries. Raises ValueError on settings that cannot be"
-    import torch
-
-    x = _checked(qf, gf, k1, k2, lambda_value, power)
-    Q, G = len(qf), len(gf)
-    with stage("re-ranking"):
-        ranks, least = nearest_and_farthest(x, k1 + 1)
-        ranks, farthest = ranks.astype(np.int32), np.maximum(2 - 2 * least, 1e-6)
-        v = _support(x, ranks, farthest, power)
-        v = _expanded(v, ranks, k2) if k2 > 1 else v
-        own, c = v[:Q], v[Q:].tocsc()
-    arrays = own.indptr, own.indices, own.data, 0, c.indptr, c.indices, c.data, Q, G, np.float32(1)
-    (q, g), scale = torch.from_numpy(x).split([Q, G]), torch.from_numpy(2 / farthest[:Q, None])
-
-    def distances(rows):
-        out = torch.addmm(scale[rows], q[rows] * -scale[rows], g.T)
-        out = out.clamp_(min=0).pow_(2) if power == 4 else out
-        out = out.mul_(lambda_value).add_(1 - lambda_value).numpy()
-        counts, cols, jaccard = _join(*arrays, rows.start, rows.stop)
-        out[np.repeat(np.arange(len(out)), counts), cols - Q] -= np.float32(1 - lambda_value) * (1 - jaccard)
-        return out
-
-    return distances
-
-
-def _checked(qf, gf, k1, k2, lambda_value, power):
+# %% ../../nbs/core/07_reranking.ipynb #aa3026e7
+def _checked_images(qf, gf, k1, k2, lambda_value, power):
     "Settings checked; query and gallery features in one array, rows of length 1"
-    _check_settings(1, k1=k1, k2=k2)
-    qf, gf = unit_rows(qf), unit_rows(gf)
-    if qf.shape[1] != gf.shape[1]:
-        raise ValueError(f"qf has d = {qf.shape[1]}, gf has {gf.shape[1]}: use the same embedding")
+    check_jaccard_settings(1, k1=k1, k2=k2)
+    qf, gf = check_pair(unit_rows(qf), unit_rows(gf))
     if not k2 <= k1 < len(qf) + len(gf):
         raise ValueError(f"k2 = {k2} <= k1 = {k1} < {len(qf) + len(gf)} images does not hold: lower k1 or k2")
     if not 0 <= lambda_value <= 1:
@@ -138,16 +107,53 @@ def _checked(qf, gf, k1, k2, lambda_value, power):
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     return x
 
-# %% ../../nbs/core/07_reranking.ipynb #1f700b85
-def re_rank(
-    qf,  # (Q, d) unit rows: query features, numpy or torch
-    gf,  # (G, d) unit rows: gallery features
-    k1: int = 20,  # neighbours that vote, beside the image itself; k1 < Q + G
+# %% ../../nbs/core/07_reranking.ipynb #72e9f89b
+def re_ranked_rows(
+    qf: "np.ndarray | torch.Tensor",  # (Q, d) unit rows: query features, numpy or torch
+    gf: "np.ndarray | torch.Tensor",  # (G, d) unit rows: gallery features
+    k1: int = 20,  # neighbours that vote, without the image itself; k1 < Q + G
     k2: int = 6,  # rows averaged by query expansion, 1 = off; k2 <= k1
     lambda_value: float = 0.3,  # share of the plain distance in [0, 1]; 1 = the plain order
     power: int = 2,  # of the Euclidean distance: 2 as published, 4 as in code that squares squared distances
-) -> np.ndarray:  # (Q, G) float32 distances in [0, 1], small = alike
-    "Distances of every query to every gallery image after k-reciprocal re-ranking; `re_ranked_rows` makes them in parts"
+) -> Callable[[slice], np.ndarray]:  # slice of queries -> (B, G) float32 distances
+    "Prepare k-reciprocal re-ranking (arXiv 1701.08398); returns a function: slice of queries -> distances"
+    import torch
+
+    x = _checked_images(qf, gf, k1, k2, lambda_value, power)
+    Q = len(qf)
+    G = len(gf)
+    with stage("re-ranking"):
+        ranks, least = nearest_and_farthest(x, k1 + 1)
+        ranks = ranks.astype(np.int32)
+        farthest = np.maximum(2 - 2 * least, 1e-6)
+        v = _share_weights(x, ranks, farthest, power)
+        v = query_expansion(v, ranks, k2) if k2 > 1 else v
+        queries = v[:Q]
+        c = v[Q:].tocsc()
+    arrays = queries.indptr, queries.indices, queries.data, 0, c.indptr, c.indices, c.data, Q, G, np.float32(1)
+    q, g = torch.from_numpy(x).split([Q, G])
+    scale = torch.from_numpy(2 / farthest[:Q, None])
+
+    def distances(rows):
+        out = torch.addmm(scale[rows], q[rows] * -scale[rows], g.T)
+        out = out.clamp_(min=0).pow_(2) if power == 4 else out
+        out = out.mul_(lambda_value).add_(1 - lambda_value).numpy()
+        counts, cols, jaccard = jaccard_pairs(*arrays, rows.start, rows.stop)
+        out[np.repeat(np.arange(len(out)), counts), cols - Q] -= np.float32(1 - lambda_value) * (1 - jaccard)
+        return out
+
+    return distances
+
+# %% ../../nbs/core/07_reranking.ipynb #1f700b85
+def re_rank(
+    qf: "np.ndarray | torch.Tensor",  # (Q, d) unit rows: query features, numpy or torch
+    gf: "np.ndarray | torch.Tensor",  # (G, d) unit rows: gallery features
+    k1: int = 20,  # neighbours that vote, without the image itself; k1 < Q + G
+    k2: int = 6,  # rows averaged by query expansion, 1 = off; k2 <= k1
+    lambda_value: float = 0.3,  # share of the plain distance in [0, 1]; 1 = the plain order
+    power: int = 2,  # of the Euclidean distance: 2 as published, 4 as in code that squares squared distances
+) -> np.ndarray:  # (Q, G) float32 distances in [0, 1], small = similar
+    "Distances of all queries to all gallery images after k-reciprocal re-ranking; see `re_ranked_rows` for parts"
     distances = re_ranked_rows(qf, gf, k1, k2, lambda_value, power)
     out = np.empty((len(qf), len(gf)), np.float32)
 
