@@ -17,7 +17,7 @@ from ..clustering import jaccard_graph, relabel
 from ..core.arrays import to_numpy, unit_rows
 from ..core.compute import in_blocks, row_blocks, stage
 from ..core.neighbours import knn
-from .graph_clustering import _cosines, average_linkage, infomap_labels, similarity_links
+from .graph_clustering import average_linkage, infomap_labels, neighbour_cosines, similarity_links
 
 # %% ../../nbs/labels/02_camera_refinement.ipynb #0cbd525e
 def _ids(values, name, n=None):
@@ -65,7 +65,7 @@ def node_scores(
     x = unit_rows(features)
     ranks = knn(features, links)
     cosines = np.empty(ranks.shape)
-    in_blocks(lambda b: _cosines(x, ranks, b.start, b.stop, cosines), row_blocks(len(x), 4096))
+    in_blocks(lambda b: neighbour_cosines(x, ranks, b.start, b.stop, cosines), row_blocks(len(x), 4096))
     d = 1 - cosines
     linked = cosines >= min_sim
     d[:, 0] = 0  # the image itself
