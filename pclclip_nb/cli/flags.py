@@ -29,14 +29,14 @@ from ..training.settings import GROUPS, TrainConfig
 if TYPE_CHECKING:
     from torch import nn
 
-# %% ../../nbs/cli/00_flags.ipynb #c345eb4f
+# %% ../../nbs/cli/00_flags.ipynb #8f7c13d9
 def from_package(
     name: str,  # of a module, below the package, such as "results.testing"
 ) -> ModuleType:  # imported now
     "A module of this package that is slow to import, for use inside a function"
     return import_module(f"pclclip_nb.{name}")
 
-# %% ../../nbs/cli/00_flags.ipynb #88f937b0
+# %% ../../nbs/cli/00_flags.ipynb #6637d79b
 class HelpFormatter(argparse.HelpFormatter):
     "Help of at most 80 columns with defaults, each option's value named once"
 
@@ -48,7 +48,8 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         text, default = action.help, action.default
-        if action.nargs == 0 or default in (None, False, "", (), argparse.SUPPRESS) or not action.option_strings:
+        nothing = default is None or isinstance(default, bool) or default in ("", (), argparse.SUPPRESS)
+        if action.nargs == 0 or nothing or not action.option_strings:
             return text
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         return f"{text} (default: {shown})"
@@ -81,7 +82,7 @@ class Parser(argparse.ArgumentParser):
         "Say it in one line, without the usage, and exit with status 2"
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
-# %% ../../nbs/cli/00_flags.ipynb #af324fdb
+# %% ../../nbs/cli/00_flags.ipynb #d1cce29c
 def run_command(
     parser: Parser,  # of the command
     argv: list[str] | None,  # arguments; None = the command line's
@@ -101,7 +102,7 @@ def run_command(
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: stopped; {stopped}\n")
 
-# %% ../../nbs/cli/00_flags.ipynb #77965fbf
+# %% ../../nbs/cli/00_flags.ipynb #b8eaafe1
 def radius_or_auto(
     text: str,  # of --eps
 ) -> float | str:  # a number, or the word auto
@@ -161,7 +162,7 @@ def add_data(
     add("--width", type=int, default=128, metavar="N", help="input width in pixels")
     add("--device", metavar="NAME", help="cuda or cpu; without it cuda if there is one")
 
-# %% ../../nbs/cli/00_flags.ipynb #57c93d9c
+# %% ../../nbs/cli/00_flags.ipynb #bfe90111
 def chosen_device(
     name: str | None,  # of --device; None = not given
 ) -> str:  # cuda or cpu
@@ -246,7 +247,7 @@ def make_backbone(
         from_package("backbones.batch_norm").reset_necks(backbone)
     return backbone.to(chosen_device(args.device))
 
-# %% ../../nbs/cli/00_flags.ipynb #72971a2a
+# %% ../../nbs/cli/00_flags.ipynb #8945219b
 def add_network(
     parser: argparse.ArgumentParser,  # changed
 ) -> None:
@@ -260,7 +261,7 @@ def add_network(
     add("--device", metavar="NAME", help="cuda or cpu; without it cuda if there is one")
     add_backbone(parser)
 
-# %% ../../nbs/cli/00_flags.ipynb #9f053f1f
+# %% ../../nbs/cli/00_flags.ipynb #a3421b01
 def open_network(
     args: argparse.Namespace,  # of `add_network`
     parser: argparse.ArgumentParser,  # which knows the defaults

@@ -6,7 +6,7 @@
 __all__ = ['extract_parser', 'extract_main', 'search_parser', 'run_search', 'search_main', 'export_parser', 'export_main',
            'explore_parser', 'explore_main', 'compare_parser', 'compare_main']
 
-# %% ../../nbs/cli/04_tools.ipynb #a929480e
+# %% ../../nbs/cli/04_tools.ipynb #275042f6
 import argparse
 from importlib import import_module
 from pathlib import Path
@@ -36,7 +36,7 @@ def extract_parser() -> Parser:
     add_network(parser)
     return parser
 
-# %% ../../nbs/cli/04_tools.ipynb #b0f8e093
+# %% ../../nbs/cli/04_tools.ipynb #7905922e
 def extract_main(
     argv: list[str] | None = None,  # arguments; None = the command line's
 ):
@@ -75,7 +75,7 @@ def search_parser() -> Parser:
     add("--device", default="cpu", metavar="NAME", help="cuda or cpu, for the queries")
     return parser
 
-# %% ../../nbs/cli/04_tools.ipynb #d6b1c70b
+# %% ../../nbs/cli/04_tools.ipynb #0ed41139
 def run_search(
     args: argparse.Namespace,  # of `search_parser`
 ) -> None:
@@ -115,7 +115,7 @@ def export_parser() -> Parser:
     add_network(parser)
     return parser
 
-# %% ../../nbs/cli/04_tools.ipynb #d8f00849
+# %% ../../nbs/cli/04_tools.ipynb #59dc62ea
 def export_main(
     argv: list[str] | None = None,  # arguments; None = the command line's
 ):
@@ -149,7 +149,7 @@ def explore_parser() -> Parser:
     add("--budget", type=float, default=32.0, metavar="MB", help="MB that thumbnails may take; 0 = none")
     return parser
 
-# %% ../../nbs/cli/04_tools.ipynb #d2cf1cf7
+# %% ../../nbs/cli/04_tools.ipynb #0eda1043
 def explore_main(
     argv: list[str] | None = None,  # arguments; None = the command line's
 ):
@@ -174,7 +174,7 @@ def compare_parser() -> Parser:
     add("--out", metavar="OUT", help="writes OUT.csv and OUT.png; without it neither")
     return parser
 
-# %% ../../nbs/cli/04_tools.ipynb #baa8fb99
+# %% ../../nbs/cli/04_tools.ipynb #1f933fc2
 def compare_main(
     argv: list[str] | None = None,  # arguments; None = the command line's
 ):
