@@ -22,9 +22,9 @@ from torch import nn
 
 from pclclip_nb.backbones.batch_norm import reset_necks
 from pclclip_nb.backbones.create import create_backbone
-from pclclip_nb.cli.main import DEMO, query_gallery_features
+from pclclip_nb.cli.demo import DEMO
 from pclclip_nb.core.compute import autocast_dtype
-from pclclip_nb.eval_viz import evaluate
+from pclclip_nb.results.testing import score_backbone
 from pclclip_nb.synthetic.drawing import ATTRIBUTES
 from pclclip_nb.synthetic.people import make_synthetic_reid
 from pclclip_nb.synthetic.tiny_clip import draw_pairs, tiny_backbone, to_input
@@ -105,10 +105,8 @@ def backbone(kind):
 
 
 def scores(net, table):
-    q, g = (table[table.split == s] for s in ("query", "gallery"))
-    qf, gf = query_gallery_features(net, table, 0, "auto")
-    r = evaluate(qf, gf, *(t[c].to_numpy() for c in ("pid", "camid") for t in (q, g)))
-    return {"mAP": 100 * r.mAP, "R1": 100 * float(r.cmc[0])}
+    ranking = score_backbone(net, table, workers=0, precision="auto")
+    return {"mAP": 100 * ranking.mAP, "R1": 100 * float(ranking.cmc[0])}
 
 
 @cache
