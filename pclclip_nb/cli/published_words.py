@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .flags import from_package
-from ..data import SPECS
+from ..core.benchmarks import SPECS
 from ..experiments.recipes import RECIPES, Recipe, find_recipe
 
 # %% ../../nbs/cli/01_published_words.ipynb #a8f43891

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..batches.loading import Files, test_loader
 from ..clip_backbone import extract_features
+from ..core.benchmarks import SPECS
 from ..core.files import save_json
-from ..data import SPECS, check_protocol
+from ..data import check_protocol
 from ..eval_viz import Ranking, evaluate, plot_cmc, rank_gallery, show_strips
 
 # %% ../../nbs/results/03_testing.ipynb #018abe9a
