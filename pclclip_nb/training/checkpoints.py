@@ -31,7 +31,7 @@ from ..backbones.batch_norm import drop_source
 from ..backbones.weights import save_weights
 from ..core.files import digest, save_arrays, save_json, write_whole
 from ..memory_loss import ClusterMemory
-from .hybrid_memory import HybridMemory
+from .losses import HybridMemory
 from .run import EpochState, Run, keep_first_weights, random_states, record_steps
 from .settings import TrainConfig
 from .steps import Losses

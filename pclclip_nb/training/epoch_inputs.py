@@ -24,7 +24,7 @@ from ..labels.camera_refinement import camera_entropy_weights
 from ..labels.health import cluster_report
 from ..memory_loss import ClusterMemory, cluster_centroids
 from .epoch_labels import pseudo_labels, settings_refiners, true_labels, with_radius
-from .hybrid_memory import HybridMemory
+from .losses import HybridMemory
 from .processes import Processes
 from .run import EpochState, Run
 from .settings import TrainConfig
