@@ -28,7 +28,7 @@ from .training.steps import show_step
 
 # %% ../nbs/04_train.ipynb #61a20007
 def label_epoch(
-    run: Run,
+    run: Run,  # state of the run
     number: int,  # of the epoch, 1-based
     progress: bool = False,  # show bars
 ) -> EpochState:  # with features and labels

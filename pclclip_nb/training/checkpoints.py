@@ -245,7 +245,7 @@ def tensorboard_log(
 
 # %% ../../nbs/training/08_checkpoints.ipynb #e257c9b3
 def source_digest(
-    run: Run,
+    run: Run,  # state of the run
 ) -> str | None:  # None without a source
     "Fingerprint of the source data set"
     return None if run.source is None else images_digest(run.source)
@@ -291,7 +291,7 @@ def restore_run(
 
 # %% ../../nbs/training/08_checkpoints.ipynb #0936df06
 def warn_full_disk(
-    run: Run,
+    run: Run,  # state of the run
 ) -> None:
     "Warn if the checkpoints of a run will not fit on the disk"
     weights = sum(p.numel() * p.element_size() for p in run.backbone.state_dict().values())
@@ -316,7 +316,7 @@ def resume_run(
 
 # %% ../../nbs/training/08_checkpoints.ipynb #5c5572fd
 def save_step(
-    run: Run,
+    run: Run,  # state of the run
     epoch: EpochState,  # under way; its losses, memory and random states are set when it is saved
     memory: ClusterMemory | HybridMemory | None,  # of the epoch
     losses: Losses,  # of the steps so far

@@ -32,7 +32,7 @@ from ..batches.augmentation import image_norm
 
 # %% ../../nbs/training/07_epoch_inputs.ipynb #47a1d53e
 def run_images(
-    run: Run,
+    run: Run,  # state of the run
     rows: slice = slice(None),  # of source and target images together
 ) -> np.ndarray | Files:  # (n, 3, H, W) uint8, or files to decode
     "The images that the loaders read"
@@ -68,7 +68,7 @@ def gather_batches(
 
 # %% ../../nbs/training/07_epoch_inputs.ipynb #c9ee8219
 def run_features(
-    run: Run,
+    run: Run,  # state of the run
     source: bool = False,  # of the source images instead of the training images
     progress: bool = False,  # show a bar
 ) -> Tensor:  # (N, d) or (S, d), on the CPU
@@ -83,7 +83,7 @@ def run_features(
 
 # %% ../../nbs/training/07_epoch_inputs.ipynb #49229372
 def epoch_features(
-    run: Run,
+    run: Run,  # state of the run
     progress: bool = False,  # show a bar
 ) -> Tensor | None:  # (N, d) on the CPU; None if the epoch needs none
     "Features to cluster"
@@ -95,7 +95,7 @@ def epoch_features(
 
 # %% ../../nbs/training/07_epoch_inputs.ipynb #2babb8b6
 def cluster_images(
-    run: Run,
+    run: Run,  # state of the run
     number: int,  # of the epoch, 1-based
     features: Tensor | None,  # (N, d); None for true identities
     progress: bool = False,  # show bars
@@ -114,7 +114,7 @@ def cluster_images(
 
 # %% ../../nbs/training/07_epoch_inputs.ipynb #b2bfe440
 def label_images(
-    run: Run,
+    run: Run,  # state of the run
     number: int,  # of the epoch, 1-based
     features: Tensor | None,  # (N, d); None for true identities
     progress: bool = False,  # show bars
@@ -158,7 +158,7 @@ def _cluster_memory(run, epoch):
 
 # %% ../../nbs/training/07_epoch_inputs.ipynb #a20992d2
 def source_centroids(
-    run: Run,
+    run: Run,  # state of the run
 ) -> Tensor | None:  # (n_s, d) unit centroids; None without a source
     "Centroids of the source's identities, from new features"
     if run.source is None:
@@ -204,7 +204,7 @@ def sampler_labels(
 
 # %% ../../nbs/training/07_epoch_inputs.ipynb #873d44e3
 def epoch_sampler(
-    run: Run,
+    run: Run,  # state of the run
     labels: np.ndarray,  # (N,) labels of the first epoch, -1 = outlier
 ) -> Sampler:  # lists of (row, seed)
     "The sampler of a run: of clusters, of true identities, or of a source and a target"

@@ -180,7 +180,7 @@ def random_states(
 # %% ../../nbs/training/06_run.ipynb #0dbdd2a5
 @contextmanager
 def epoch_random_state(
-    run: Run,
+    run: Run,  # state of the run
     epoch: EpochState,  # its `rng` holds the states of a resumed epoch
 ) -> Iterator[None]:  # a `with` block; afterwards the caller's random state is restored
     "Torch's random state at the beginning of an epoch, or where a resumed one was left"
@@ -225,7 +225,7 @@ def epoch_losses(
 
 # %% ../../nbs/training/06_run.ipynb #29a6337f
 def record_steps(
-    run: Run,
+    run: Run,  # state of the run
     epoch: EpochState,  # its losses, skipped steps and seconds are set
     losses: Losses,  # of all its steps so far
 ) -> None:
@@ -238,8 +238,8 @@ def record_steps(
 
 # %% ../../nbs/training/06_run.ipynb #c7576161
 def step_bar(
-    run: Run,
-    epoch: EpochState,
+    run: Run,  # state of the run
+    epoch: EpochState,  # under way
     n_steps: int,  # in the epoch, those done before included
     progress: bool = True,  # False = show nothing
 ) -> tqdm:  # a `with` block
