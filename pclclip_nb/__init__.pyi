@@ -24,8 +24,12 @@ from .inference.search import search as search
 from .memory_loss import ClusterMemory as ClusterMemory
 from .memory_loss import cluster_centroids as cluster_centroids
 from .results.explorer import explore as explore
+from .results.runs import plot_history as plot_history
 from .results.runs import read_run as read_run
+from .results.testing import score_backbone as score_backbone
 from .synthetic.people import make_synthetic_reid as make_synthetic_reid
+from .synthetic.tiny_clip import tiny_backbone as tiny_backbone
+from .train import fit as fit
 from .training.settings import TrainConfig as TrainConfig
 
 __version__: str

@@ -72,7 +72,7 @@ def run_file(
 # %% ../../nbs/results/04_runs.ipynb #8535e114
 def read_table(
     path: Path,  # CSV file of a run
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # its rows
     "A table of a run. Raises ValueError when the file is empty or damaged."
     try:
         return pd.read_csv(path)
