@@ -73,7 +73,8 @@ def draw_run(
 ) -> None:
     "Draw a finished run"
     runs, explorer = from_package("results.runs"), from_package("results.explorer")
-    run, figures = runs.read_run(run_dir), run_dir / "figures"
+    run = runs.read_run(run_dir)
+    figures = run_dir / "figures"
     pids = run.images.pid.to_numpy()
     labels = [y[run.rows] for y in run.labels]
     captions = [runs.epoch_caption(y, pids) for y in run.labels]
@@ -90,15 +91,18 @@ def run_demo(
     args: argparse.Namespace,  # of `demo_parser`
 ) -> None:
     "Draw people, train without labels, report before and after"
-    testing, tiny_clip = from_package("results.testing"), from_package("synthetic.tiny_clip")
+    testing = from_package("results.testing")
+    tiny_clip = from_package("synthetic.tiny_clip")
     run_dir = Path(args.logs_dir)
     cfg = replace(DEMO, seed=args.seed, epochs=args.epochs, workers=args.workers)
     draw = from_package("synthetic.people").make_synthetic_reid
     table = draw(run_dir / "data", n_train=args.ids, camera_shift=args.camera_shift, seed=args.seed)
-    images, others = (table.split == "train").sum(), table.pid[table.split == "query"].nunique()
+    images = (table.split == "train").sum()
+    others = table.pid[table.split == "query"].nunique()
     people = f"{images} images of {args.ids} persons in {table.camid.nunique()} cameras"
     print(f"{people}; {others} other persons to test on")
-    backbone, precision = tiny_clip.tiny_backbone(), cfg.feature_precision
+    backbone = tiny_clip.tiny_backbone()
+    precision = cfg.feature_precision
     colour = [histogram_features(testing.split_rows(table, name).path) for name in ("query", "gallery")]
     rankings = {"colour histogram": testing.rank_table(table, *colour)}
     rankings["before"] = testing.score_backbone(backbone, table, cfg.workers, precision)
@@ -113,7 +117,7 @@ def run_demo(
     (run_dir / "report.txt").write_text(text + "\n")
     print(text)
 
-
+# %% ../../nbs/cli/03_demo.ipynb #39dfe889
 def demo(
     argv: list[str] | None = None,  # arguments; None = the command line's
 ):

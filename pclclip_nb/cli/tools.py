@@ -94,7 +94,7 @@ def run_search(
     lack = f", {none} without an answer" if none else ""
     print(f"{found['query'].nunique()} queries{lack}: {csv}, {sheet}")
 
-
+# %% ../../nbs/cli/04_tools.ipynb #ce23daed
 def search_main(
     argv: list[str] | None = None,  # arguments; None = the command line's
 ):
@@ -127,7 +127,9 @@ def export_main(
             raise ValueError("nothing to write: give --onnx FILE, --open-clip FOLDER, or both")
         if args.with_preprocess and not args.onnx or args.text and not args.open_clip:
             raise ValueError("--with-preprocess is of --onnx, --text is of --open-clip: give that too, or leave it out")
-        export, backbone, written = from_package("inference.export"), open_network(args, parser), []
+        export = from_package("inference.export")
+        backbone = open_network(args, parser)
+        written = []
         if args.onnx:
             written.append(export.export_onnx(backbone, args.onnx, args.with_preprocess, tol=args.tol))
         if args.open_clip:

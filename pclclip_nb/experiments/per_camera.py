@@ -72,18 +72,21 @@ def train_cameras(
     progress: bool = True,  # show bars
 ) -> pd.DataFrame:  # a row per camera: camid, images, clusters, epoch, silhouette; those too small have no clusters
     "ICSR's first stage. Raises ValueError when no camera is known, or none has enough images."
-    images, run_dir = training_images(table, cfg.skip_bad), Path(run_dir)
+    images = training_images(table, cfg.skip_bad)
+    run_dir = Path(run_dir)
     cameras, counts = np.unique(images.camid[images.camid >= 0], return_counts=True)
     if not (counts >= 2 * images_per_cluster).any():
         raise ValueError(f"no camera of {len(cameras)} has {2 * images_per_cluster} images: lower images_per_cluster")
-    labels, rows = np.full(len(images), -1), []
+    labels = np.full(len(images), -1)
+    rows = []
     for camid, n in zip(cameras.tolist(), counts.tolist(), strict=True):
         camera_cfg = camera_settings(cfg, n, images_per_cluster)
         if camera_cfg is None:
             warnings.warn(f"camera {camid} has {n} images, too few for two clusters: it will say nothing", stacklevel=2)
             rows.append(dict(camid=camid, images=n, clusters=0))
             continue
-        folder, members = run_dir / f"camera_{camid:02d}", np.flatnonzero(images.camid == camid)
+        folder = run_dir / f"camera_{camid:02d}"
+        members = np.flatnonzero(images.camid == camid)
         options = dict(on_epoch=silhouette_score(camera_cfg), resume=resume, progress=progress)
         history = train(new_backbone(), images.iloc[members], folder, camera_cfg, **options)
         best = history.loc[history.silhouette.idxmax()]

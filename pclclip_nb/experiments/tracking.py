@@ -43,7 +43,8 @@ def what_to_expect(
         end = ", ".join(f"{k} {v}" for k, v in recipe.published.items())
         end = f"; it ends at {end} after epoch {recipe.train.epochs}" if end else ""
         return f"no log of {recipe.name} is published{end}."
-    sentences, shown = [], 3
+    sentences = []
+    shown = 3
     for epochs, seconds in recipe.log.get("seconds", {}).items():
         shown = max(1, int(60 * minutes * epochs / seconds))
         sentences = [f"{minutes:g} minutes were {shown} of {epochs} epochs on the authors' machine."]
@@ -76,7 +77,8 @@ def on_track(
     recipe: Recipe,  # the row that it ran
 ) -> list[str]:  # one sentence for each epoch of the log; if none can be compared, one sentence in all
     "A run compared with the published log, in words"
-    history, sentences = _percent_history(run), []
+    history = _percent_history(run)
+    sentences = []
     for row in history.to_dict("records"):
         logged = {k: recipe.log.get(k, {}).get(row["epoch"]) for k in _FORMATS if pd.notna(row.get(k))}
         logged = {k: v for k, v in logged.items() if v is not None}

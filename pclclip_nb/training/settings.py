@@ -134,7 +134,8 @@ class Batches(SettingsGroup):
     fill: str = "imagenet"  # colour of random erasing: mean of imagenet, half or clip
 
     def rules(self):
-        size, k = self.batch_size, self.num_instances
+        size = self.batch_size
+        k = self.num_instances
         near = max(1, round(size / max(1, k))) * k
         return [
             ("num_instances", k >= 1, "at least 1; the papers use 16"),
@@ -242,8 +243,10 @@ class TrainConfig(RunOptions, Optim, Memory, Batches, Schedule, Refinement, Labe
     "Settings of a training run (defaults: PCL-CLIP without labels, 60 epochs)"
 
     def rules(self):
-        true_ids, centroids = self.clusterer == "pids", self.memory == "cluster"
-        supervised, parts = self.id_loss + self.triplet > 0, self.accumulate
+        true_ids = self.clusterer == "pids"
+        centroids = self.memory == "cluster"
+        supervised = self.id_loss + self.triplet > 0
+        parts = self.accumulate
         corrected = "glc" not in self.refiners or self.glc_start <= self.epochs
         return [rule for group in GROUPS for rule in group.rules(self)] + [
             ("clusterer", true_ids or not supervised,
