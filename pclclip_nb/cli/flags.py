@@ -49,7 +49,8 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=24, width=min(80, get_terminal_size().columns) - 1)
 
     def _get_help_string(self, action):
-        text, default = action.help, action.default
+        text = action.help
+        default = action.default
         nothing = default is None or isinstance(default, bool) or default in ("", (), argparse.SUPPRESS)
         if action.nargs == 0 or nothing or not action.option_strings:
             return text
@@ -121,10 +122,13 @@ def add_settings(
 ) -> None:
     "One flag for every field of `TrainConfig`, in a section for each group"
     for group in GROUPS:
-        add, helps = parser.add_argument_group(group.__doc__).add_argument, docments(group)
+        add = parser.add_argument_group(group.__doc__).add_argument
+        helps = docments(group)
         for f in fields(group):
-            flag, text = "--" + f.name.replace("_", "-"), helps[f.name].replace("%", "%%")
-            kind, metavar = type(f.default), _METAVAR.get(type(f.default))
+            flag = "--" + f.name.replace("_", "-")
+            text = helps[f.name].replace("%", "%%")
+            kind = type(f.default)
+            metavar = _METAVAR.get(type(f.default))
             if f.name == "use_cams":
                 add("--no-cam", dest=f.name, action="store_false", help=f"do not {text}")
             elif kind is bool:

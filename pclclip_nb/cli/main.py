@@ -71,8 +71,10 @@ def run_test(
     args: argparse.Namespace,  # of `test_parser`
 ) -> None:
     "Score weights and print a line for each ranking. Raises ValueError for a data set without query and gallery."
-    testing, create = from_package("results.testing"), from_package("backbones.create")
-    table, file = read_table(args), Path(args.resume)
+    testing = from_package("results.testing")
+    create = from_package("backbones.create")
+    table = read_table(args)
+    file = Path(args.resume)
     if not testing.has_test(table):
         raise ValueError(f"{args.data_dir} has no query and gallery: there is nothing to test on")
     if sentence := testing.unmatched_queries(table, args.dataset):
@@ -127,7 +129,9 @@ def epoch_report(
     "A callback that prints a line per epoch, and tests when it is due"
 
     def report(result):
-        epoch, row, scores = result.epoch, result.row, {}
+        epoch = result.epoch
+        row = result.row
+        scores = {}
         testing = from_package("results.testing")
         if table is not None and (epoch % eval_step == 0 or epoch == cfg.epochs):
             ranking = testing.score_backbone(result.backbone, table, cfg.workers, cfg.feature_precision)
@@ -147,7 +151,8 @@ def final_report(
     history: pd.DataFrame,  # a row per epoch, mAP (and R1, R5, R10) where it was tested
 ) -> str:  # two lines: the best epoch by test mAP, and the last one that was tested
     "Scores of a finished run"
-    tested, text = history.dropna(subset="mAP"), from_package("results.testing").scores_text
+    tested = history.dropna(subset="mAP")
+    text = from_package("results.testing").scores_text
     rows = {"best by test mAP": tested.loc[tested.mAP.idxmax()], "last": tested.iloc[-1]}
     scores = {name: {k: row[k] for k in ("mAP", "R1", "R5", "R10") if k in row} for name, row in rows.items()}
     return "\n".join(f"{name} (epoch {int(row.epoch)}): {text(scores[name])}" for name, row in rows.items())
@@ -172,7 +177,8 @@ def train_by_camera(
     table: pd.DataFrame,  # data set
 ) -> None:
     "Train one network per camera, and print a line for each"
-    train_cameras, run_dir = from_package("experiments.per_camera").train_cameras, Path(args.logs_dir)
+    train_cameras = from_package("experiments.per_camera").train_cameras
+    run_dir = Path(args.logs_dir)
     summary = train_cameras(lambda: make_backbone(args, recipe), table, run_dir, cfg, resume=bool(args.resume))
     print(summary.to_string(index=False, float_format="{:.2f}".format))
     file = f"{run_dir / 'camera_labels.csv'} as --camera-labels"
@@ -186,12 +192,14 @@ def train_and_test(
     table: pd.DataFrame,  # data set; tested on if it has query and gallery
 ) -> None:
     "Train, test when it is due, and print a line for each epoch and a report"
-    testing, run_dir = from_package("results.testing"), Path(args.logs_dir)
+    testing = from_package("results.testing")
+    run_dir = Path(args.logs_dir)
     tested = args.eval_step > 0 and testing.has_test(table)
     if tested and (sentence := testing.unmatched_queries(table, args.dataset)):
         print(sentence)
     source = read_dataset(args.source_dataset, args.source_dir or args.data_dir) if args.source_dataset else None
-    backbone, main = make_backbone(args, recipe), from_package("training.processes").processes().rank == 0
+    backbone = make_backbone(args, recipe)
+    main = from_package("training.processes").processes().rank == 0
     if main:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_json(run_dir / "experiment.json", {"recipe": recipe and recipe.name, **vars(args)})
@@ -221,7 +229,8 @@ def run_training(
             "or 'none' to cluster each camera with the same features"
         )
     args.device = chosen_device(args.device)
-    cfg, table = settings(args), read_table(args)
+    cfg = settings(args)
+    table = read_table(args)
     cameras = table.camid[table.split == "train"]
     print(f"{len(cameras)} training images of {args.dataset}, {cameras.nunique()} cameras")
     work = train_by_camera if args.per_camera else train_and_test

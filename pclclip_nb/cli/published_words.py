@@ -47,7 +47,9 @@ def implied_recipe(
     "The recipe that the words name or imply. Raises ValueError for an unknown one."
     if given.get("recipe"):
         return find_recipe(given["recipe"])
-    data, source, file = given.get("dataset", "msmt17"), given.get("source_dataset"), given.get("config_file")
+    data = given.get("dataset", "msmt17")
+    source = given.get("source_dataset")
+    file = given.get("config_file")
     if file:
         if Path(file).name != "pcl-vit.yml":
             known = "only pcl-vit.yml is known by its name, give a --recipe instead"
@@ -83,7 +85,9 @@ def translate(
     given: dict,  # what was typed: flag -> value
 ) -> tuple[dict, list[str]]:  # the same in our words; notes for the user
     "Published words in ours. Raises ValueError for one that asks for something that is not here."
-    given, notes, pairs = dict(given), [], given.get("pairs", [])
+    given = dict(given)
+    notes = []
+    pairs = given.get("pairs", [])
     given.pop("pairs", None)
     keys, values = pairs[::2], pairs[1::2]
     if len(keys) != len(values) or not set(keys) <= set(_PAIRS):
@@ -133,7 +137,8 @@ def parse(
     if recipe and recipe.train.clusterer == "infomap":
         given = {"clusterer": "infomap"} | given
     given, notes = translate(given)
-    row, implied = recipe_flags(recipe), recipe and not given.get("recipe")
+    row = recipe_flags(recipe)
+    implied = recipe and not given.get("recipe")
     if implied:
         notes.insert(0, f"settings of {recipe.name}, implied by what was typed")
     if implied and recipe.method.startswith("Cluster Contrast") and "pooling" not in given:

@@ -227,7 +227,8 @@ def _vit_row(family, method, file, reference, task, score):
     weights = f"{method} ViT-S{'+ICS' * ('conv_stem' in options)}, {file}"
     row = dict(model=f"{family.removesuffix('-ics')}_vit_small", weights=weights, options=options, reference=reference)
     if stage == "uda":
-        first, file = f"{family}-source-{other}", "transformer_120.pth"
+        first = f"{family}-source-{other}"
+        file = "transformer_120.pth"
         row |= dict(source_dataset=other, first=first, weights=f"what {first} ends with, or its authors' {file}")
     if stage == "source":
         row |= dict(inferred="one colour for erased boxes, there random ones; tested after the neck, there before it")
