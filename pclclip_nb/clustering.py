@@ -7,9 +7,9 @@ __all__ = ['jaccard_graph', 'dbscan', 'jaccard_dbscan', 'relabel']
 
 # %% ../nbs/02_clustering.ipynb #c85e7bc9
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 
 from .core.arrays import to_numpy, unit_rows
@@ -18,9 +18,6 @@ from .core.jaccard import EPS_SLACK, blocks_to_graph, check_jaccard_settings, ch
 from .core.jaccard import half_width, jaccard_pairs, job_blocks, k_reciprocal_weights, label_components
 from .core.jaccard import mirrored_graph, mutual_positions, query_expansion
 from .core.neighbours import knn
-
-if TYPE_CHECKING:
-    import torch
 
 # %% ../nbs/02_clustering.ipynb #6e56f4be
 def _first_neighbours(ranks, n, k1):
@@ -34,7 +31,7 @@ def _first_neighbours(ranks, n, k1):
 
 # %% ../nbs/02_clustering.ipynb #bd318854
 def jaccard_graph(
-    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows, any device and float type; or a memory map
+    features: ArrayLike,  # (N, d) unit rows, any device and float type; or a memory map
     k1: int = 30,  # neighbours that vote, self included; k1 < N
     k2: int = 6,  # rows averaged by query expansion, 1 = off; k2 <= k1
     eps: float = 1.0,  # largest distance kept, in (0, 1]; 1 keeps every pair that shares support
@@ -83,7 +80,7 @@ def dbscan(
 
 # %% ../nbs/02_clustering.ipynb #3dfe8476
 def jaccard_dbscan(
-    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows, any device and float type; or a memory map
+    features: ArrayLike,  # (N, d) unit rows, any device and float type; or a memory map
     eps: float | Sequence[float],  # DBSCAN radius in (0, 1], or E of them; the papers use .4 to .7
     k1: int = 30,  # neighbours that vote, self included; k1 < N
     k2: int = 6,  # rows averaged by query expansion; k2 <= k1
@@ -98,7 +95,7 @@ def jaccard_dbscan(
 
 # %% ../nbs/02_clustering.ipynb #d30143de
 def relabel(
-    labels: "np.ndarray | torch.Tensor",  # (N,) integers, list, numpy or torch; negative = outlier
+    labels: ArrayLike,  # (N,) integers, list, numpy or torch; negative = outlier
 ) -> np.ndarray:  # (N,) int64: 0..C-1 in the order of the old numbers, -1 = outlier
     "Close the gaps that are left when clusters were dropped or split"
     labels = to_numpy(labels).astype(np.int64)

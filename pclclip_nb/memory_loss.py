@@ -32,8 +32,8 @@ def check_finite(
 
 # %% ../nbs/03_memory_loss.ipynb #3a4b7667
 def cluster_centroids(
-    features: "Tensor | ArrayLike",  # (N, d) unit image features
-    labels: "Tensor | ArrayLike",  # (N,) pseudo labels 0..C-1, -1 = outlier
+    features: Tensor | ArrayLike,  # (N, d) unit image features
+    labels: Tensor | ArrayLike,  # (N,) pseudo labels 0..C-1, -1 = outlier
 ) -> Tensor:  # (C, d) float32 unit centroids on the device of `features`; row c belongs to cluster c
     "Mean feature of each cluster, back on the unit sphere. Raises ValueError when labels and features do not fit."
     features = at_least_float32(torch.as_tensor(features).detach())

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .core.compute import Timer, stage
 from .training.checkpoints import StopRequest, exit_stopped, resume_run, save_epoch, save_run, save_step
 from .training.checkpoints import tensorboard_log, warn_full_disk
-from .training.epoch_inputs import decode_images, epoch_features, epoch_loader, epoch_memory
-from .training.epoch_inputs import keep_frozen, label_images
+from .training.epoch_inputs import decode_images, epoch_features, epoch_loader, epoch_memory, keep_frozen
+from .training.epoch_inputs import label_images
 from .training.processes import processes
 from .training.run import EpochState, Run, epoch_losses, epoch_random_state, record_steps, restart
 from .training.run import start_run, step_bar

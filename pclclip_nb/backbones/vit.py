@@ -14,9 +14,9 @@ from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..core.attention import run_blocks
-from ..clip_backbone import Backbone, check_size, resize_pos_embed, unit
 from .resnet import IBN
+from ..clip_backbone import Backbone, check_size, resize_pos_embed, unit
+from ..core.attention import run_blocks
 
 # %% ../../nbs/backbones/01_vit.ipynb #9c64bcc1
 def fuse_tokens(

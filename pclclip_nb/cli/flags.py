@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from shutil import get_terminal_size
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pandas as pd
 from fastcore.docments import docments
@@ -27,9 +27,6 @@ from ..data import read_csv, read_dataset, read_folder
 from ..experiments.recipes import RECIPES, Recipe
 from ..synthetic.tiny_clip import NAME
 from ..training.settings import GROUPS, TrainConfig
-
-if TYPE_CHECKING:
-    from torch import nn
 
 # %% ../../nbs/cli/00_flags.ipynb #8f7c13d9
 def from_package(
@@ -237,7 +234,7 @@ def network_name(
 def make_backbone(
     args: argparse.Namespace,  # of `add_backbone`, with height, width and device
     recipe: Recipe | None = None,  # a row that starts from another row's weights gets new necks
-) -> "nn.Module":  # on the device asked for
+) -> Any:  # on the device asked for
     "The backbone that the flags name, with its weights. Raises ValueError if a recipe starts from a file."
     pretrained = None if args.pretrained == "none" else args.pretrained
     if recipe and args.pretrained is None:
@@ -271,7 +268,7 @@ def add_network(
 def open_network(
     args: argparse.Namespace,  # of `add_network`
     parser: argparse.ArgumentParser,  # which knows the defaults
-) -> "nn.Module":  # in evaluation mode, on the device asked for
+) -> Any:  # in evaluation mode, on the device asked for
     "The network that the flags name; prints what a published file held. Raises ValueError for flags that contradict."
     if (args.height is None) != (args.width is None):
         raise ValueError(f"height {args.height} and width {args.width}: give both or neither")

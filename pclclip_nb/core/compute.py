@@ -12,14 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numba
 from numba import njit
 from tqdm.auto import tqdm
-
-if TYPE_CHECKING:
-    import torch
 
 # %% ../../nbs/core/00_compute.ipynb #d95adab4
 _active: ContextVar = ContextVar("active timer", default=None)
@@ -123,8 +120,8 @@ def ahead(
 # %% ../../nbs/core/00_compute.ipynb #ba9a4dde
 def autocast_dtype(
     precision: str = "auto",  # "auto", "bf16", "fp16" or "fp32"
-    device: "str | torch.device" = "cpu",  # where the backbone runs
-) -> "torch.dtype | None":  # dtype for autocast, None for plain float32
+    device: Any = "cpu",  # where the backbone runs
+) -> Any:  # dtype for autocast, None for plain float32
     "The dtype of a precision; 'auto' is bf16 where the hardware multiplies it fast (CPU with AMX or AVX512-BF16, recent GPU), else float32"
     import torch
 

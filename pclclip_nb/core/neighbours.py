@@ -7,18 +7,15 @@ __all__ = ['exact_dot', 'empty_table', 'rescore_candidates', 'search_by_tiles', 
 
 # %% ../../nbs/core/05_neighbours.ipynb #c0e686e6
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from .arrays import unit_rows
 from .compute import compiled, in_blocks, row_blocks, stage
-from .tiles import Candidates, collect_candidates, lowered_keys, prune_rows
-from .tiles import rough_dtype, rough_error_bound, rough_operand
-
-if TYPE_CHECKING:
-    import torch
+from .tiles import Candidates, collect_candidates, lowered_keys, prune_rows, rough_dtype
+from .tiles import rough_error_bound, rough_operand
 
 # %% ../../nbs/core/05_neighbours.ipynb #ffc26328
 @compiled
@@ -146,7 +143,7 @@ def _product_error(d):
 
 # %% ../../nbs/core/05_neighbours.ipynb #3d2fa4cf
 def search_by_torch(
-    features: "np.ndarray | torch.Tensor",  # (n, d) unit rows as given, on the device that multiplies
+    features: ArrayLike,  # (n, d) unit rows as given, on the device that multiplies
     x: np.ndarray,  # (n, d) the same as float32 numpy
     y: np.ndarray,  # (m, d) float32 unit rows to search; x itself or others
     shift: int,  # number of the first row of y
@@ -197,7 +194,7 @@ def _search_by_faiss(x, method, best, ids):
 
 # %% ../../nbs/core/05_neighbours.ipynb #f8fa22f7
 def knn(
-    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows, any device and float type; or a memory map
+    features: ArrayLike,  # (N, d) unit rows, any device and float type; or a memory map
     k: int,  # neighbours per image, the image itself included; 1 <= k <= N
     method: str = "auto",  # exact: 'tiles' (CPU), 'torch' (the features' device), 'flat' (faiss); approximate: 'hnsw', 'ivf'
     progress: bool = False,  # show a progress bar

@@ -13,21 +13,18 @@ from functools import partial
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from numpy.typing import ArrayLike
 
 # %% ../../nbs/core/03_pictures.ipynb #b0d8ded2
 def show_image(
-    ax: "Axes",  # one axis, drawn on
+    ax: Axes,  # one axis, drawn on
     path: str | Path,  # image file; FileNotFoundError if there is none
     title: str = "",  # above the image
     colour: str = "#333333",  # of the frame, any colour of matplotlib
@@ -45,7 +42,7 @@ def show_image(
 def image_strips(
     strips: Sequence[Sequence],  # per strip its images: (path, title, …) of `show_image`; None = a hole
     width: float = 0.62,  # of one image, inch
-) -> "Figure":  # an axis per place, strip by strip; all strips have as many as the longest one
+) -> Figure:  # an axis per place, strip by strip; all strips have as many as the longest one
     "Strips of framed images, one below the other"
     import matplotlib.pyplot as plt  # slow to import
 
@@ -141,7 +138,7 @@ def thumbnail_sheet(
 # %% ../../nbs/core/03_pictures.ipynb #248b0a29
 def thumbnail_sheets(
     paths: Sequence[str | Path],  # (N,) image files
-    first: "ArrayLike" = (),  # rows of the images that get a thumbnail before all others
+    first: ArrayLike = (),  # rows of the images that get a thumbnail before all others
     size: tuple[int, int] = (48, 96),  # of a thumbnail: width and height in pixels, multiples of 16
     budget: float = 32.0,  # MB that all sheets may take in base64; 0 = no thumbnails
     progress: bool = False,  # show a bar

@@ -7,9 +7,9 @@ __all__ = ['nearest_and_farthest', 're_ranked_rows', 're_rank']
 
 # %% ../../nbs/core/07_reranking.ipynb #d5edda51
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .arrays import check_pair, unit_rows
 from .compute import compiled, in_blocks, row_blocks, single_threaded, stage
@@ -18,9 +18,6 @@ from .jaccard import k_reciprocal_members, member_scores, member_weights, mutual
 from .jaccard import query_expansion
 from .neighbours import empty_table, search_by_tiles
 from .tiles import TILE, key_values
-
-if TYPE_CHECKING:
-    import torch
 
 # %% ../../nbs/core/07_reranking.ipynb #55457d9f
 @compiled
@@ -56,7 +53,7 @@ def _exact_minima(x, possible):
 
 # %% ../../nbs/core/07_reranking.ipynb #72afb1bc
 def nearest_and_farthest(
-    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows
+    features: ArrayLike,  # (N, d) unit rows
     k: int,  # neighbours per image, itself included
 ) -> tuple[np.ndarray, np.ndarray]:  # (N, k) int64 as `knn`; (N,) float32 smallest dot product with any row
     "The k nearest of each image, and its dot product with the farthest, from one pass over all pairs"
@@ -109,8 +106,8 @@ def _checked_images(qf, gf, k1, k2, lambda_value, power):
 
 # %% ../../nbs/core/07_reranking.ipynb #72e9f89b
 def re_ranked_rows(
-    qf: "np.ndarray | torch.Tensor",  # (Q, d) unit rows: query features, numpy or torch
-    gf: "np.ndarray | torch.Tensor",  # (G, d) unit rows: gallery features
+    qf: ArrayLike,  # (Q, d) unit rows: query features, numpy or torch
+    gf: ArrayLike,  # (G, d) unit rows: gallery features
     k1: int = 20,  # neighbours that vote, without the image itself; k1 < Q + G
     k2: int = 6,  # rows averaged by query expansion, 1 = off; k2 <= k1
     lambda_value: float = 0.3,  # share of the plain distance in [0, 1]; 1 = the plain order
@@ -146,8 +143,8 @@ def re_ranked_rows(
 
 # %% ../../nbs/core/07_reranking.ipynb #1f700b85
 def re_rank(
-    qf: "np.ndarray | torch.Tensor",  # (Q, d) unit rows: query features, numpy or torch
-    gf: "np.ndarray | torch.Tensor",  # (G, d) unit rows: gallery features
+    qf: ArrayLike,  # (Q, d) unit rows: query features, numpy or torch
+    gf: ArrayLike,  # (G, d) unit rows: gallery features
     k1: int = 20,  # neighbours that vote, without the image itself; k1 < Q + G
     k2: int = 6,  # rows averaged by query expansion, 1 = off; k2 <= k1
     lambda_value: float = 0.3,  # share of the plain distance in [0, 1]; 1 = the plain order

@@ -12,21 +12,18 @@ import threading
 from collections.abc import Callable
 from functools import lru_cache
 from timeit import repeat
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .compute import compiled, row_blocks, single_threaded
 
-if TYPE_CHECKING:
-    import torch
-
 # %% ../../nbs/core/04_tiles.ipynb #179ecb70
 def rough_operand(
     x: np.ndarray,  # (n, d) float32 rows, n >= 1
-    mean: "torch.Tensor",  # (d,) float32, subtracted from every row
-    dtype: "torch.dtype",  # of the product: torch.bfloat16 or torch.float32
-) -> tuple["torch.Tensor", list[float]]:  # (n, d') rows (y, b, 1); largest length, bias and rounding loss
+    mean: Any,  # (d,) float32, subtracted from every row
+    dtype: Any,  # of the product: torch.bfloat16 or torch.float32
+) -> tuple[Any, list[float]]:  # (n, d') rows (y, b, 1); largest length, bias and rounding loss
     "Rows of the left factor of the rough product, and the three sizes that `rough_error_bound` needs"
     import torch
 
@@ -47,9 +44,9 @@ def rough_operand(
 
 # %% ../../nbs/core/04_tiles.ipynb #cf2dff38
 def turned_operand(
-    left: "torch.Tensor",  # (n, d') rows (y, b, 1), as `rough_operand` makes them
+    left: Any,  # (n, d') rows (y, b, 1), as `rough_operand` makes them
     d: int,  # features, columns of y
-) -> "torch.Tensor":  # (n, d') rows (y, 1, b)
+) -> Any:  # (n, d') rows (y, 1, b)
     "Rows of the right factor of the rough product"
     right = left.clone()
     right[:, d : d + 2] = left[:, d + 2 : d + 4]
@@ -72,7 +69,7 @@ def rough_error_bound(
 @lru_cache(maxsize=8)
 def rough_dtype(
     d: int,  # features
-) -> "torch.dtype":  # torch.bfloat16 or torch.float32
+) -> Any:  # torch.bfloat16 or torch.float32
     "The type whose products are faster on this processor, timed once"
     import torch
 
@@ -207,8 +204,8 @@ class Candidates(NamedTuple):
 
 # %% ../../nbs/core/04_tiles.ipynb #29cc15e8
 def collect_candidates(
-    left: "torch.Tensor",  # (n, d') rows from `rough_operand`
-    others: "torch.Tensor",  # (m, d') rows to search; `left` itself for a search of a set in itself
+    left: Any,  # (n, d') rows from `rough_operand`
+    others: Any,  # (m, d') rows to search; `left` itself for a search of a set in itself
     d: int,  # features
     k: int,  # neighbours wanted
     error: float,  # E, from `rough_error_bound`

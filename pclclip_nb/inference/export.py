@@ -21,10 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..backbones.weights import fingerprint
-from ..batches.augmentation import Augment, NORMS
+from ..batches.augmentation import Augment, NORMS, image_norm
 from ..clip_backbone import ClipBackbone, log_errors_only, unit
 from ..core.files import write_whole
-from ..batches.augmentation import image_norm
 
 # %% ../../nbs/inference/02_export.ipynb #db485dd4
 class BytesIn(nn.Module):

@@ -13,10 +13,12 @@ import json
 import os
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from torch import nn
 
 from ..backbones.weights import fingerprint
@@ -26,11 +28,6 @@ from ..core.arrays import check_features
 from ..core.files import digest, save_json, write_whole
 from ..core.pictures import image_strips, jpeg, thumbnail
 from .extract import Gallery, image_list, open_gallery, open_weights
-
-if TYPE_CHECKING:
-    import faiss
-    from matplotlib.figure import Figure
-    from numpy.typing import ArrayLike
 
 # %% ../../nbs/inference/01_search.ipynb #ef926b09
 def _faiss():
@@ -73,7 +70,7 @@ def _read_index(file, kind, shape):
 def open_index(
     gallery: Gallery,  # from `pclclip_nb.inference.extract.open_gallery`
     kind: str = "flat",  # "flat" (exact) or "hnsw" (approximate)
-) -> "faiss.Index":  # of inner products; row i = row i of the features
+) -> Any:  # of inner products; row i = row i of the features
     "The index kept with the features, built if there is none of them. Raises ValueError for another kind."
     if kind not in ("flat", "hnsw"):
         raise ValueError(f"index {kind!r} is unknown: use 'flat' (exact) or 'hnsw' (approximate)")
@@ -96,8 +93,8 @@ def open_index(
 
 # %% ../../nbs/inference/01_search.ipynb #47cf3bdc
 def nearest(
-    index: "faiss.Index",  # from `open_index`
-    features: "ArrayLike",  # (Q, d) unit rows of the queries, any kind of array
+    index: Any,  # from `open_index`
+    features: ArrayLike,  # (Q, d) unit rows of the queries, any kind of array
     k: int,  # answers each; at most N come
 ) -> tuple[np.ndarray, np.ndarray]:  # (Q, k) float32 cosines, largest first; (Q, k) int64 rows, -1 = none
     "The most similar rows of a gallery. Raises ValueError for features of another length, or k below 1."
@@ -204,7 +201,7 @@ def _frame_colour(answer):
 def show_results(
     found: pd.DataFrame,  # from `search`
     most: int = 6,  # queries to draw, the first ones
-) -> "Figure":  # one strip per query
+) -> Figure:  # one strip per query
     "Ranked strips of a search"
     strips = []
     for query, answers in list(found.groupby("query", sort=False))[:most]:

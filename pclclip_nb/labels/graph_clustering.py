@@ -9,9 +9,9 @@ __all__ = ['neighbour_cosines', 'similarity_links', 'infomap_labels', 'infomap_c
 import subprocess
 import sys
 import tempfile
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
@@ -20,9 +20,6 @@ from ..core.arrays import unit_rows
 from ..core.compute import compiled, in_blocks, row_blocks
 from ..core.jaccard import find_root
 from ..core.neighbours import exact_dot, knn
-
-if TYPE_CHECKING:
-    import torch
 
 # %% ../../nbs/labels/00_graph_clustering.ipynb #361db209
 @compiled
@@ -40,7 +37,7 @@ def neighbour_cosines(
 
 # %% ../../nbs/labels/00_graph_clustering.ipynb #863f3c07
 def similarity_links(
-    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows, any device and float type; or a memory map
+    features: ArrayLike,  # (N, d) unit rows, any device and float type; or a memory map
     k: int = 15,  # neighbours looked at, the image itself included; 1 <= k <= N
     min_sim: float = 0.5,  # smallest cosine of a link, in (0, 1]
     method: str = "auto",  # how `knn` finds the neighbours
@@ -107,7 +104,7 @@ def infomap_labels(
 
 # %% ../../nbs/labels/00_graph_clustering.ipynb #e7d3692f
 def infomap_clusters(
-    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows, any device and float type; or a memory map
+    features: ArrayLike,  # (N, d) unit rows, any device and float type; or a memory map
     k: int = 15,  # neighbours looked at, the image itself included; 1 <= k <= N
     min_sim: float = 0.5,  # smallest cosine of a link, in (0, 1]
     min_size: int = 4,  # a cluster of this many images or fewer is dropped: its images are outliers
@@ -229,7 +226,7 @@ def average_linkage(
 
 # %% ../../nbs/labels/00_graph_clustering.ipynb #31518acd
 def jaccard_linkage(
-    features: "np.ndarray | torch.Tensor",  # (N, d) unit rows, any device and float type; or a memory map
+    features: ArrayLike,  # (N, d) unit rows, any device and float type; or a memory map
     n_clusters: int,  # clusters wanted, 1 to N; more are left where the rest shares no support
     k1: int = 30,  # neighbours that vote, self included; k1 < N
     k2: int = 6,  # rows averaged by query expansion; k2 <= k1

@@ -9,10 +9,10 @@ __all__ = ['RADII', 'silhouettes', 'cluster_report', 'check_labels', 'Suggestion
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 
@@ -20,9 +20,6 @@ from ..clustering import dbscan, jaccard_graph, relabel
 from ..core.arrays import to_numpy
 from ..core.neighbours import knn
 from .reports import label_scores
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # %% ../../nbs/labels/05_health.ipynb #a43a8038
 def silhouettes(
@@ -203,8 +200,8 @@ def suggest_eps(
 # %% ../../nbs/labels/05_health.ipynb #993dcbdf
 def plot_sweep(
     suggestion: Suggestion,  # from `suggest_eps`
-    ax: "Axes | None" = None,  # axes to draw on; a new figure if None
-) -> "Axes":  # the axes
+    ax: Axes | None = None,  # axes to draw on; a new figure if None
+) -> Axes:  # the axes
     "Score against eps, a line per k1, with a star at the suggestion"
     import matplotlib.pyplot as plt
 

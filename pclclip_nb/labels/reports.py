@@ -8,18 +8,15 @@ __all__ = ['PALETTE', 'label_scores', 'score_table', 'wrong_cluster', 'mixed_clu
 
 # %% ../../nbs/labels/06_reports.ipynb #a3e3bb57
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 
 from ..clustering import relabel
 from ..core.arrays import to_numpy
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # %% ../../nbs/labels/06_reports.ipynb #7ebf1768
 def _known_images(labels, pids):
@@ -205,7 +202,7 @@ def spread_colours(
 
 # %% ../../nbs/labels/06_reports.ipynb #9f9dd364
 def draw_clusters(
-    ax: "Axes",  # drawn on
+    ax: Axes,  # drawn on
     layout: np.ndarray,  # (n, 2) positions of the images
     numbers: np.ndarray,  # (n,) number of their clusters, -1 = outlier
     rgb: np.ndarray,  # (C, 3) colour of each number, from `spread_colours`

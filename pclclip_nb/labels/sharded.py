@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 
 from ..clustering import dbscan
@@ -168,7 +169,7 @@ def _tile_search(x, k, group):
 
 # %% ../../nbs/labels/07_sharded.ipynb #27579248
 def knn_sharded(
-    features: "np.ndarray | torch.Tensor",  # (N_r, d) unit rows of this rank, any device and float type
+    features: ArrayLike,  # (N_r, d) unit rows of this rank, any device and float type
     k: int,  # neighbours per image, the image itself included; 1 <= k <= N
     group: "dist.ProcessGroup | None" = None,  # None = all processes
 ) -> np.ndarray:  # (N_r, k) int64 neighbours of this rank's rows, numbered over all ranks
@@ -259,7 +260,7 @@ def _shard_pairs(v, starts, top, group):
 
 # %% ../../nbs/labels/07_sharded.ipynb #46198967
 def jaccard_graph_sharded(
-    features: "np.ndarray | torch.Tensor",  # (N_r, d) unit rows of this rank, any device and float type
+    features: ArrayLike,  # (N_r, d) unit rows of this rank, any device and float type
     k1: int = 30,  # neighbours that vote, self included; k1 < N
     k2: int = 6,  # rows averaged by query expansion, 1 = off; k2 <= k1
     eps: float = 1.0,  # largest distance kept, in (0, 1]; 1 keeps every pair that shares support
@@ -281,7 +282,7 @@ def jaccard_graph_sharded(
 
 # %% ../../nbs/labels/07_sharded.ipynb #04328f61
 def jaccard_dbscan_sharded(
-    features: "np.ndarray | torch.Tensor",  # (N_r, d) unit rows of this rank, any device and float type
+    features: ArrayLike,  # (N_r, d) unit rows of this rank, any device and float type
     eps: float | Sequence[float],  # DBSCAN radius, Jaccard distance in (0, 1], or E of them
     k1: int = 30,  # neighbours that vote, self included; k1 < N
     k2: int = 6,  # rows averaged by query expansion; k2 <= k1

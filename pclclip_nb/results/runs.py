@@ -12,18 +12,15 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..core.files import digest, save_arrays
 from ..eval_viz import aligned_umap
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # %% ../../nbs/results/04_runs.ipynb #e6b9cbc4
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ _LINE_COLOURS |= {"ari": "#d67600", "purity": "#ae9000", "mAP": "#009bea", "R1":
 
 
 def _draw_columns(
-    ax: "Axes",  # drawn on
+    ax: Axes,  # drawn on
     history: pd.DataFrame,  # one row per epoch
     names: Sequence[str],  # columns; those that are there are drawn
     loc: str = "best",  # place of the legend

@@ -33,9 +33,8 @@ from ..core.files import digest, save_arrays, save_json, write_whole
 from ..memory_loss import ClusterMemory
 from .losses import HybridMemory
 from .run import EpochState, Run, keep_first_weights, random_states, record_steps
-from .settings import TrainConfig
+from .settings import TrainConfig, free_fields
 from .steps import Losses
-from .settings import free_fields
 
 # %% ../../nbs/training/08_checkpoints.ipynb #fdcbdb38
 def images_digest(

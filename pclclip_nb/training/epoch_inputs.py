@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..backbones.batch_norm import set_domain
-from ..batches.augmentation import Augment
+from ..batches.augmentation import Augment, image_norm
 from ..batches.loading import Batches, Files, decoded, test_loader, train_loader
 from ..batches.samplers import IdentitySampler, JointSampler, PKSampler
 from ..clip_backbone import extract_features
@@ -28,7 +28,6 @@ from .losses import HybridMemory
 from .processes import Processes
 from .run import EpochState, Run
 from .settings import TrainConfig
-from ..batches.augmentation import image_norm
 
 # %% ../../nbs/training/07_epoch_inputs.ipynb #47a1d53e
 def run_images(

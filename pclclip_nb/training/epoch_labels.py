@@ -17,12 +17,12 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..labels.camera_refinement import discard_share, refine_by_camera
-from ..labels.health import check_labels, suggest_eps
 from ..clustering import jaccard_dbscan
 from ..data import check_images
+from ..labels.camera_refinement import discard_share, refine_by_camera
 from ..labels.graph_clustering import infomap_clusters, jaccard_linkage
 from ..labels.graph_correction import correct_labels
+from ..labels.health import check_labels, suggest_eps
 from ..labels.self_paced import SelfPaced
 from .settings import TrainConfig
 

@@ -16,7 +16,7 @@ from ..memory_loss import at_least_float32, check_finite, running_update, send_t
 
 # %% ../../nbs/training/01_losses.ipynb #a18c85f7
 def row_classes(
-    labels: "Tensor | ArrayLike",  # (N,) pseudo labels 0..n-1, negative = a class of its own
+    labels: Tensor | ArrayLike,  # (N,) pseudo labels 0..n-1, negative = a class of its own
     n_sources: int = 0,  # source classes, each a row before those of the images
 ) -> Tensor:  # (n_sources + N,) int64 class of every row, 0..C-1
     "Number source classes, clusters and lone images in one go"
@@ -86,7 +86,7 @@ class HybridMemory(nn.Module):
 @patch
 def set_labels(
     self: HybridMemory,
-    labels: "Tensor | ArrayLike",  # (N,) pseudo labels of the target images, -1 = a class of its own
+    labels: Tensor | ArrayLike,  # (N,) pseudo labels of the target images, -1 = a class of its own
 ) -> None:  # `classes` (n_s + N,) and `centroids` (C, d), the class means, are computed again
     "Set which images belong together, once per epoch"
     if len(labels) != len(self.features):

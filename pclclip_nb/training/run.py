@@ -23,8 +23,7 @@ from ..backbones.batch_norm import pool_bn, set_bn_chunks, set_domain_bn
 from ..core.attention import set_grad_checkpoint
 from ..core.files import write_whole
 from .epoch_labels import read_camera_labels, settings_clusterer, training_images, true_labels
-from .losses import HybridMemory
-from .losses import IdentityHead
+from .losses import HybridMemory, IdentityHead
 from .processes import Processes, batch_parts
 from .settings import TrainConfig, make_optimizer
 from .steps import Losses, Stepper

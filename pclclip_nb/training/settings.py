@@ -9,11 +9,7 @@ __all__ = ['GROUPS', 'SettingsGroup', 'Labels', 'Refinement', 'Schedule', 'Batch
 # %% ../../nbs/training/00_settings.ipynb #24be62e6
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from typing import Any
 
 # %% ../../nbs/training/00_settings.ipynb #80f3f5d5
 class SettingsGroup:
@@ -291,9 +287,9 @@ def learning_rate(
 
 # %% ../../nbs/training/00_settings.ipynb #ea6fbc77
 def make_optimizer(
-    *modules: "nn.Module | None",  # backbone, and an identity head if there is one; their trainable parameters
+    *modules: Any,  # backbone, and an identity head if there is one; their trainable parameters
     cfg: Optim,  # settings of the optimiser, such as a `TrainConfig`
-) -> "torch.optim.Optimizer":  # at the settings' `lr`
+) -> Any:  # at the settings' `lr`
     "SGD with momentum 0.9, or Adam, with weight decay on every trainable parameter"
     import torch
 
@@ -313,7 +309,7 @@ def make_optimizer(
 
 # %% ../../nbs/training/00_settings.ipynb #e2d5d691
 def set_learning_rate(
-    optimizer: "torch.optim.Optimizer",  # of `make_optimizer`
+    optimizer: Any,  # of `make_optimizer`
     lr: float,  # see `learning_rate`
 ) -> None:  # the groups of `optimizer` change
     "Set the rate of every parameter group to `lr` times the group's factor"

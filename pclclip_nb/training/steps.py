@@ -21,8 +21,7 @@ from tqdm.auto import tqdm
 from ..clip_backbone import unit
 from ..core.compute import autocast_dtype
 from ..memory_loss import ClusterMemory
-from .losses import HybridMemory
-from .losses import IdentityHead
+from .losses import HybridMemory, IdentityHead
 from .processes import Processes, batch_parts
 
 # %% ../../nbs/training/05_steps.ipynb #842a4526
