@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .published import WeightFile, grid_of, read_weights
+from .published import grid_of, read_weights
 from .resnet import ClipResNetBackbone, Pooling, RESNETS, ResNetBackbone
 from .vit import VITS, ViTBackbone, fit_pos_embed
 from .weights import backbone_options, load_weights
@@ -161,8 +161,7 @@ def _fit_positions(backbone, state, mode):
     if isinstance(backbone, ViTBackbone):
         rows = len(state["pos_embed"][0]) - ("part_token1" not in state) if "pos_embed" in state else 0
         old = grid_of(rows) if rows else None
-        new = backbone.grid
-        return fit_pos_embed(state, backbone, old), {"pos_embed": (old, new)} if old != new else {}
+        return fit_pos_embed(state, backbone, old), {"pos_embed": (old, backbone.grid)} if old != backbone.grid else {}
     attention = "attnpool." if isinstance(backbone, ClipResNetBackbone) else ""
     key = f"image_encoder.{attention}positional_embedding"
     if key not in state or not isinstance(backbone, (ClipBackbone, ClipResNetBackbone)):
@@ -178,12 +177,8 @@ def _is_neck(key):
     return key.split(".")[0].startswith(("bottleneck", "feat_bn", "gap"))
 
 # %% ../../nbs/backbones/05_create.ipynb #babd8f4f
-def _fill(
-    backbone: nn.Module,  # changed in place
-    weights: WeightFile,  # for a network of its kind
-    mode: str = "bilinear",  # resize of position embeddings
-) -> LoadReport:
-    "Load weights into a backbone of their kind and report. Raises ValueError below full coverage of the trunk."
+def _fill(backbone, weights, mode="bilinear"):
+    "Load a `WeightFile` into a backbone of its kind and report. Raises ValueError below full coverage of the trunk."
     own = backbone.state_dict()
     state, resized = _fit_positions(backbone, weights.state, mode)
     wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
@@ -197,13 +192,10 @@ def _fill(
     faults["unexpected"] = [k for k in wrong if k not in own and not _is_neck(k)]
     if any(faults.values()):
         words = "; ".join(f"{len(ks)} {what}, such as {', '.join(ks[:3])}" for what, ks in faults.items() if ks)
-        raise ValueError(
-            f"{weights.kind} weights of a {weights.name} cover {coverage:.1%} of the trunk of {backbone.name}: {words}. Build the network they belong to, {weights.name}"
-        )
+        cover = f"{weights.kind} weights of a {weights.name} cover {coverage:.1%} of the trunk of {backbone.name}"
+        raise ValueError(f"{cover}: {words}. Build the network they belong to, {weights.name}")
     backbone.load_state_dict(own | fits)
-    return LoadReport(
-        weights.kind, backbone.name, len(fits), coverage, missing, wrong, weights.dropped, resized, weights.assumed
-    )
+    return LoadReport(weights.kind, backbone.name, len(fits), coverage, missing, wrong, weights.dropped, resized)
 
 # %% ../../nbs/backbones/05_create.ipynb #7160ced9
 _SUFFIXES = (".pt", ".pth", ".tar", ".bin", ".safetensors", ".ckpt", ".pkl")
@@ -216,7 +208,6 @@ def create_backbone(
     **options,  # of the class: pooling, fusion, multi_neck, conv_stem, drop_path, norm, mode
 ) -> nn.Module:  # with .d, .size, .norm, .name, .options, and .report if a file was read
     "A backbone by name. Raises ValueError for what is unknown or does not fit, FileNotFoundError for a missing file."
-    given = {k: v for k, v in options.items() if k != "norm"}
     path = Path(pretrained) if isinstance(pretrained, (str, Path)) else None
     if isinstance(pretrained, dict) or path and (path.suffix in _SUFFIXES or path.is_file()):
         _class_of(name)  # an unknown name is an error before a long file is read
@@ -224,11 +215,10 @@ def create_backbone(
         norm = {} if weights.kind in ("openai", "open_clip") else {"norm": weights.norm}  # CLIP's own is not kept
         backbone = _build(name, None, size, norm | options)
         report = _fill(backbone, weights, options.get("mode", "bilinear"))
-        report.assumed = ()
     else:
         backbone = _build(name, pretrained, size, options)
         report = None
-    backbone.options = backbone_options(backbone) | given
+    backbone.options = backbone_options(backbone) | {k: v for k, v in options.items() if k != "norm"}
     backbone.report = report
     return backbone
 
