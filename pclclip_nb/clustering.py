@@ -32,11 +32,11 @@ def _first_neighbours(ranks, n, k1):
 # %% ../nbs/02_clustering.ipynb #bd318854
 def jaccard_graph(
     features: ArrayLike,  # (N, d) unit rows, any device and float type; or a memory map
-    k1: int = 30,  # neighbours that vote, self included; k1 < N
+    k1: int = 30,  # nearest neighbours used, self included; k1 < N
     k2: int = 6,  # rows averaged by query expansion, 1 = off; k2 <= k1
-    eps: float = 1.0,  # largest distance kept, in (0, 1]; 1 keeps every pair that shares support
-    ranks: np.ndarray | None = None,  # (N, >=k1) neighbours from `knn`, if they are at hand
-    method: str = "auto",  # how `knn` finds the neighbours, if they are not
+    eps: float = 1.0,  # largest distance kept, in (0, 1]; 1 keeps every pair that shares a member
+    ranks: np.ndarray | None = None,  # (N, >=k1) neighbours from `knn`; None = computed here
+    method: str = "auto",  # how `knn` finds the neighbours, if `ranks` is None
     progress: bool = False,  # show progress bars
 ) -> csr_array:  # (N, N) float32 distances <= eps, symmetric, no diagonal, zeros explicit, columns ascending
     "k-reciprocal Jaccard distances as a sparse graph, exact; a pair that is not stored is farther than `eps`"
@@ -62,7 +62,7 @@ def jaccard_graph(
 def dbscan(
     graph: csr_array,  # (N, N) symmetric distances of all pairs within eps; others are at distance 1
     eps: float | Sequence[float],  # radius in (0, 1], or E of them; at most the eps the graph was made with
-    min_samples: int = 4,  # images within eps, self included, that make a core
+    min_samples: int = 4,  # images within eps, self included, that make an image a core
 ) -> np.ndarray:  # (N,) int64 labels 0..C-1, -1 = outlier; (E, N) for several radii
     "The labels of scikit-learn's DBSCAN in time proportional to the pairs stored"
     check_jaccard_settings(eps, min_samples=min_samples)
@@ -82,9 +82,9 @@ def dbscan(
 def jaccard_dbscan(
     features: ArrayLike,  # (N, d) unit rows, any device and float type; or a memory map
     eps: float | Sequence[float],  # DBSCAN radius in (0, 1], or E of them; the papers use .4 to .7
-    k1: int = 30,  # neighbours that vote, self included; k1 < N
+    k1: int = 30,  # nearest neighbours used, self included; k1 < N
     k2: int = 6,  # rows averaged by query expansion; k2 <= k1
-    min_samples: int = 4,  # images within eps, self included, that make a core
+    min_samples: int = 4,  # images within eps, self included, that make an image a core
     method: str = "auto",  # how `knn` finds the neighbours
     progress: bool = False,  # show progress bars
 ) -> np.ndarray:  # (N,) int64 pseudo labels 0..C-1, -1 = outlier; (E, N) for several radii

@@ -70,7 +70,7 @@ _SPLIT_FOLDERS = {
 def read_folder(
     folder: str | Path,  # holds images, or split folders of images
     pattern: str | None = None,  # regex searched in the file name, groups (?P<pid>…) and/or (?P<camid>…)
-) -> pd.DataFrame:  # path, pid, camid, split; -1 where the pattern says nothing
+) -> pd.DataFrame:  # path, pid, camid, split; -1 for ids that `pattern` does not read
     "Read a folder of your own images"
     top = Path(folder).expanduser()
     homes = {top / d: s for d, s in _SPLIT_FOLDERS.items() if (top / d).is_dir()} or {top: "train"}
@@ -182,7 +182,7 @@ def unmatched_queries(
 # %% ../nbs/00_data.ipynb #2783ed85
 def check_protocol(
     table: pd.DataFrame,  # path, pid, camid, split
-    name: str | None = None,  # key of `SPECS`: some benchmarks number their test identities anew
+    name: str | None = None,  # key of `SPECS`: some benchmarks number their test identities from 0 again
 ) -> pd.DataFrame:  # query rows that no gallery image can match, with the column `reason`
     "Unmatched queries; warns of a missing split and of identities in both train and test"
     query, gallery, train = (table[table["split"] == s] for s in ("query", "gallery", "train"))
