@@ -72,6 +72,8 @@ def draw_run(
     run_dir: Path,  # of a run; its folder figures gets clusters.png, history.png and explorer.html
 ) -> None:
     "Draw a finished run"
+    import matplotlib.pyplot as plt
+
     runs, explorer = from_package("results.runs"), from_package("results.explorer")
     run = runs.read_run(run_dir)
     figures = run_dir / "figures"
@@ -83,7 +85,7 @@ def draw_run(
     history = runs.plot_history(run.history, len(set(pids)))
     history.savefig(figures / "history.png", dpi=100, bbox_inches="tight")
     for figure in (clusters, history):
-        figure.clear()
+        plt.close(figure)
     explorer.write_explorer(run, figures / "explorer.html")
 
 # %% ../../nbs/cli/03_demo.ipynb #4165b0c9

@@ -8,7 +8,6 @@ __all__ = ['extract_parser', 'extract_main', 'search_parser', 'run_search', 'sea
 
 # %% ../../nbs/cli/04_tools.ipynb #275042f6
 import argparse
-from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -183,6 +182,8 @@ def compare_main(
     "The command `pclclip_compare`: several runs side by side"
 
     def work(args):
+        import matplotlib.pyplot as plt
+
         compare = from_package("results.compare")
         table = compare.compare_runs(args.runs)
         print(table.to_string(float_format="{:.4g}".format))
@@ -192,7 +193,7 @@ def compare_main(
             write_whole(csv, lambda path: table.to_csv(path))
             fig = compare.plot_runs(args.runs, over=tuple(args.over))
             write_whole(picture, lambda path: fig.savefig(path, format="png", dpi=110))
-            import_module("matplotlib.pyplot").close(fig)
+            plt.close(fig)
             print(f"{csv}, {picture}")
 
     run_command(compare_parser(), argv, work)
