@@ -9,7 +9,6 @@ __all__ = ['recipes_parser', 'recipes_main', 'test_parser', 'run_test', 'test_ma
 # %% ../../nbs/cli/02_main.ipynb #7be34fb3
 import argparse
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -164,10 +163,12 @@ def draw_track(
     run_dir: Path,  # run folder; gets figures/published.png
 ) -> None:
     "Draw a run over the published log"
+    import matplotlib.pyplot as plt
+
     (run_dir / "figures").mkdir(exist_ok=True)
     figure = from_package("experiments.tracking").compare_to_log(history, recipe)
     figure.savefig(run_dir / "figures" / "published.png", dpi=100, bbox_inches="tight")
-    import_module("matplotlib.pyplot").close(figure)
+    plt.close(figure)
 
 # %% ../../nbs/cli/02_main.ipynb #26af80af
 def train_by_camera(
