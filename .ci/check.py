@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 WITHOUT_TORCH = (
     "data core.compute core.arrays core.files core.tiles core.neighbours core.jaccard core.reranking core.ranking clustering eval_viz "
-    "synthetic.drawing synthetic.people labels.graph_clustering labels.self_paced labels.health labels.reports results.runs results.compare"
+    "synthetic.drawing synthetic.people labels.graph_clustering labels.self_paced labels.health labels.reports results.runs results.compare "
+    "core.benchmarks core.pictures training.settings experiments.recipes cli.flags cli.published_words cli.main cli.demo cli.tools"
 ).split()
 LAYERS = [  # imports run down this list only, from a line to itself or to a line above it, and never in a circle
     "core data memory_loss",
@@ -43,7 +44,7 @@ STORY = ["00_data", "01_clip_backbone", "02_clustering", "03_memory_loss", "04_t
 MAX_PAGES, MAX_MODULE = 64, 400  # pages in all, lines of a module
 MAX_CELLS, MAX_SOURCE = 60, 400  # of a page of the story
 SLOW = (  # pages that take longest, started first; the others follow by size of the file
-    "experiments/05_survival cli/02_main cli/04_tools training/04_processes 04_train experiments/00_recipes "
+    "experiments/04_survival cli/02_main cli/04_tools training/03_processes 04_train experiments/00_recipes "
     "experiments/02_per_camera labels/07_sharded inference/00_extract results/06_compare synthetic/02_tiny_clip"
 ).split()
 LIBRARIES = "matplotlib.pyplot open_clip pandas sklearn.cluster timm torch torchvision tqdm.auto umap nbdev.test".split()

@@ -38,7 +38,7 @@ DEMO = TrainConfig(
 )  # fmt: skip
 
 
-def demo_parser() -> Parser:
+def demo_parser() -> Parser:  # its flags
     "Flags of `pclclip_demo`"
     parser = Parser("pclclip_demo", "The whole loop on drawn pedestrians, in a few minutes on a CPU")
     add = parser.add_argument

@@ -25,7 +25,7 @@ from ..synthetic.tiny_clip import tiny_backbone
 from ..training.settings import TrainConfig
 
 # %% ../../nbs/cli/02_main.ipynb #be996858
-def recipes_parser() -> Parser:
+def recipes_parser() -> Parser:  # its flags
     "Flags of `pclclip_recipes`"
     parser = Parser("pclclip_recipes", "The published experiments that pclclip_train --recipe runs")
     parser.add_argument("words", nargs="*", help="only rows whose name holds all of these")
@@ -47,7 +47,7 @@ def recipes_main(
     run_command(recipes_parser(), argv, show)
 
 # %% ../../nbs/cli/02_main.ipynb #081bd4e6
-def test_parser() -> Parser:
+def test_parser() -> Parser:  # its flags
     "Flags of `pclclip_test`"
     parser = Parser("pclclip_test", "mAP and CMC of trained weights")
     add_data(parser)
@@ -103,7 +103,7 @@ def test_main(
     run_command(test_parser(), argv, run_test)
 
 # %% ../../nbs/cli/02_main.ipynb #2ec34772
-def train_parser() -> Parser:
+def train_parser() -> Parser:  # its flags
     "Flags of `pclclip_train`"
     about = "Fine-tune an image encoder for re-identification: any published method, or your own settings"
     parser = Parser("pclclip_train", about, usage="%(prog)s [options] [KEY VALUE ...]")

@@ -16,7 +16,7 @@ from .flags import Parser, add_network, from_package, open_network, run_command
 from ..core.files import write_whole
 
 # %% ../../nbs/cli/04_tools.ipynb #eaa59bf5
-def extract_parser() -> Parser:
+def extract_parser() -> Parser:  # its flags
     "Flags of `pclclip_extract`"
     parser = Parser("pclclip_extract", "Features of a folder or list of images; killed, the same command goes on")
     add = parser.add_argument
@@ -57,7 +57,7 @@ def extract_main(
     run_command(parser, argv, work)
 
 # %% ../../nbs/cli/04_tools.ipynb #e209c2d1
-def search_parser() -> Parser:
+def search_parser() -> Parser:  # its flags
     "Flags of `pclclip_search`"
     parser = Parser("pclclip_search", "Rank a gallery of pclclip_extract by likeness to your images")
     add = parser.add_argument
@@ -101,7 +101,7 @@ def search_main(
     run_command(search_parser(), argv, run_search)
 
 # %% ../../nbs/cli/04_tools.ipynb #c1644997
-def export_parser() -> Parser:
+def export_parser() -> Parser:  # its flags
     "Flags of `pclclip_export`"
     parser = Parser("pclclip_export", "Write a network as ONNX or for open_clip, after comparing it")
     add = parser.add_argument
@@ -140,7 +140,7 @@ def export_main(
     run_command(parser, argv, work)
 
 # %% ../../nbs/cli/04_tools.ipynb #055b2b21
-def explore_parser() -> Parser:
+def explore_parser() -> Parser:  # its flags
     "Flags of `pclclip_explore`"
     about = "The clusters of a run over its epochs, in one HTML file to open in a browser"
     parser = Parser("pclclip_explore", about)
@@ -164,7 +164,7 @@ def explore_main(
     run_command(explore_parser(), argv, work)
 
 # %% ../../nbs/cli/04_tools.ipynb #afc7e998
-def compare_parser() -> Parser:
+def compare_parser() -> Parser:  # its flags
     "Flags of `pclclip_compare`"
     about = "Several runs side by side: what differs between their settings, and their results"
     parser = Parser("pclclip_compare", about)
