@@ -24,8 +24,7 @@ from fastcore.docments import docments
 
 from ..core.benchmarks import SPECS
 from ..data import read_csv, read_dataset, read_folder
-from ..experiments.recipes import RECIPES, Recipe
-from ..synthetic.tiny_clip import NAME
+from ..experiments.recipes import Recipe
 from ..training.settings import GROUPS, TrainConfig
 
 # %% ../../nbs/cli/00_flags.ipynb #8f7c13d9

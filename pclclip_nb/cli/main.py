@@ -13,15 +13,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..backbones.create import load_backbone
 from .flags import Parser, add_backbone, add_data, add_settings, chosen_device, from_package
 from .flags import make_backbone, read_table, run_command, settings
 from .published_words import add_published, add_recipe, parse
 from ..core.files import save_json
 from ..data import read_dataset
 from ..experiments.recipes import Recipe, recipe_table
-from ..synthetic.people import make_synthetic_reid
-from ..synthetic.tiny_clip import tiny_backbone
 from ..training.settings import TrainConfig
 
 # %% ../../nbs/cli/02_main.ipynb #be996858
