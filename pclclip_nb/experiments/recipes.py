@@ -28,9 +28,7 @@ class Recipe:
     pretrained: str | None = None  # weights that can be downloaded; None = a file of yours, see `weights`
     weights: str = ""  # the file to start from, if there is nothing to download
     options: dict = field(default_factory=dict)  # of the network, for `pclclip_nb.backbones.create.create_backbone`
-    source_dataset: str = (
-        ""  # labelled data set of a domain adaptation; trained together with it, unless `first` is given
-    )
+    source_dataset: str = ""  # labelled data set of a domain adaptation; in the same run, unless `first` is given
     first: str = ""  # row that is trained before this one, which starts from its weights
     published: dict = field(default_factory=dict)  # mAP, R1, R5, R10 in percent, those that are published
     reference: str = ""  # paper or file of the figures

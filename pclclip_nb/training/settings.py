@@ -49,7 +49,8 @@ class Labels(SettingsGroup):
     min_size: int = 4  # infomap: clusters of up to so many images are outliers
     n_clusters: int = 1200  # average: how many clusters to stop at
 
-    def rules(self):
+    def rules(self) -> list[tuple[str, bool, str]]:  # field, whether its value is right, what would be right
+        "The rules of clustering"
         number = not isinstance(self.eps, str)
         radius = 0 < self.eps < 1 if number else self.eps == "auto"
         paced = self.clusterer == "dbscan" and number and 0 < self.eps_gap < min(self.eps, 1 - self.eps)
@@ -84,7 +85,8 @@ class Refinement(SettingsGroup):
         "Names of the corrections, in order"
         return tuple(word.strip() for word in self.refine.split(",") if word.strip())
 
-    def rules(self):
+    def rules(self) -> list[tuple[str, bool, str]]:  # field, whether its value is right, what would be right
+        "The rules of refinement"
         known = set(self.refiners) <= {"icsr", "glc"} and len(set(self.refiners)) == len(self.refiners)
         return [
             ("refine", known, "empty, 'icsr', 'glc', 'icsr,glc' or 'glc,icsr'"),
@@ -108,7 +110,8 @@ class Schedule(SettingsGroup):
     camera_weights: int = 0  # epoch from which clusters of many cameras count more (CALR: 6); 0 = never
     seed: int = 1  # every random choice follows from it
 
-    def rules(self):
+    def rules(self) -> list[tuple[str, bool, str]]:  # field, whether its value is right, what would be right
+        "The rules of the schedule"
         pair = len(self.frozen) == 2 and 1 < self.frozen[0] <= self.frozen[1]
         return [
             ("camera_weights", self.camera_weights >= 0, "0 (never) or an epoch; CALR begins at 6"),
@@ -129,7 +132,8 @@ class Batches(SettingsGroup):
     use_cams: bool = True  # sample a cluster's images from other cameras than the anchor's
     fill: str = "imagenet"  # colour of random erasing: mean of imagenet, half or clip
 
-    def rules(self):
+    def rules(self) -> list[tuple[str, bool, str]]:  # field, whether its value is right, what would be right
+        "The rules of batches"
         size = self.batch_size
         k = self.num_instances
         near = max(1, round(size / max(1, k))) * k
@@ -155,7 +159,8 @@ class Memory(SettingsGroup):
     bn_chunks: int = 1  # parts of a batch with batch-norm statistics of their own; 4 = a run on 4 GPUs
     domain_bn: bool = False  # with a source data set: batch norm of its own for source and target
 
-    def rules(self):
+    def rules(self) -> list[tuple[str, bool, str]]:  # field, whether its value is right, what would be right
+        "The rules of memory and losses"
         learns = self.memory != "none" or self.id_loss + self.triplet > 0
         return [
             self.one_of("memory", "cluster", "hybrid", "none"),
@@ -187,7 +192,8 @@ class Optim(SettingsGroup):
     warmup_from: float = 0.01  # share of lr that warm-up starts at
     milestones: tuple[int, ...] = (20, 40)  # epochs after which lr falls to a tenth
 
-    def rules(self):
+    def rules(self) -> list[tuple[str, bool, str]]:  # field, whether its value is right, what would be right
+        "The rules of the optimiser"
         return [
             self.one_of("optimizer", "sgd", "adam"),
             ("lr", self.lr > 0, "above 0"),
@@ -219,7 +225,8 @@ class RunOptions(SettingsGroup):
     keep_checkpoints: int = _free(2)  # checkpoints kept: last.pt, and older ones to fall back on
     keep_features: int = _free(1000)  # images whose features are kept every epoch for the UMAP picture
 
-    def rules(self):
+    def rules(self) -> list[tuple[str, bool, str]]:  # field, whether its value is right, what would be right
+        "The rules of what does not change the result"
         return [
             ("cache", self.cache >= 0, "0 or more gigabytes"),
             ("accumulate", self.accumulate >= 1, "at least 1"),
@@ -238,7 +245,8 @@ GROUPS = (Labels, Refinement, Schedule, Batches, Memory, Optim, RunOptions)
 class TrainConfig(RunOptions, Optim, Memory, Batches, Schedule, Refinement, Labels):
     "Settings of a training run (defaults: PCL-CLIP without labels, 60 epochs)"
 
-    def rules(self):
+    def rules(self) -> list[tuple[str, bool, str]]:  # field, whether its value is right, what would be right
+        "The rules of the groups, and what must fit together"
         true_ids = self.clusterer == "pids"
         centroids = self.memory == "cluster"
         supervised = self.id_loss + self.triplet > 0
