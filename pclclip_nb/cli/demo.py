@@ -74,19 +74,21 @@ def draw_run(
     "Draw a finished run"
     import matplotlib.pyplot as plt
 
-    runs, explorer = from_package("results.runs"), from_package("results.explorer")
+    runs = from_package("results.runs")
+    plot_epochs = from_package("eval_viz").plot_epochs
+    epoch_caption = from_package("labels.reports").epoch_caption
     run = runs.read_run(run_dir)
     figures = run_dir / "figures"
     pids = run.images.pid.to_numpy()
     labels = [y[run.rows] for y in run.labels]
-    captions = [runs.epoch_caption(y, pids) for y in run.labels]
-    clusters = runs.plot_epochs(runs.run_layouts(run), labels, pids[run.rows], run.epochs, captions)
+    captions = [epoch_caption(y, pids) for y in run.labels]
+    clusters = plot_epochs(runs.run_layouts(run), labels, pids[run.rows], run.epochs, captions)
     clusters.savefig(figures / "clusters.png", dpi=110, bbox_inches="tight")
     history = runs.plot_history(run.history, len(set(pids)))
     history.savefig(figures / "history.png", dpi=100, bbox_inches="tight")
     for figure in (clusters, history):
         plt.close(figure)
-    explorer.write_explorer(run, figures / "explorer.html")
+    from_package("results.explorer").write_explorer(run, figures / "explorer.html")
 
 # %% ../../nbs/cli/03_demo.ipynb #4165b0c9
 def run_demo(
