@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from .core.attention import run_blocks
 from .core.compute import autocast_dtype, stage
+from .batches.augmentation import backbone_device
 
 # %% ../nbs/01_clip_backbone.ipynb #7553e023
 def resize_pos_embed(
@@ -206,7 +207,7 @@ def extract_features(
     progress: bool = False,  # show a bar
 ) -> Tensor:  # (N, d) on the CPU, row i = row i of the table
     "Features of all images of a loader, in table order, whatever order the loader takes. Raises FloatingPointError if one is not finite."
-    device = next(backbone.parameters()).device
+    device = backbone_device(backbone)
     dtype = autocast_dtype(precision, device)
     was_training = backbone.training
     backbone.eval()

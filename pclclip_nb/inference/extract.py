@@ -28,6 +28,7 @@ from ..clip_backbone import extract_features
 from ..core.compute import ahead, autocast_dtype
 from ..core.files import digest, save_arrays, save_json, write_whole
 from ..data import check_images, read_csv, read_folder
+from ..batches.augmentation import backbone_device
 
 # %% ../../nbs/inference/00_extract.ipynb #06e87273
 def _listed_files(path, pattern):
@@ -79,7 +80,7 @@ def open_weights(
 # %% ../../nbs/inference/00_extract.ipynb #4b136d90
 def _gallery_settings(backbone, precision, chunk):
     "Settings that must not change between a run and the one that resumes it"
-    dtype = autocast_dtype(precision, next(backbone.parameters()).device)
+    dtype = autocast_dtype(precision, backbone_device(backbone))
     words = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}
     settings = {"model": getattr(backbone, "name", ""), "size": list(backbone.size)}
     settings |= {"norm": image_norm(backbone), "options": backbone_options(backbone)}

@@ -28,6 +28,7 @@ from ..core.arrays import check_features
 from ..core.files import digest, save_json, write_whole
 from ..core.pictures import image_strips, jpeg, thumbnail
 from .extract import Gallery, image_list, open_gallery, open_weights
+from ..batches.augmentation import backbone_device
 
 # %% ../../nbs/inference/01_search.ipynb #ef926b09
 def _faiss():
@@ -144,7 +145,7 @@ def _query_features(gallery, table, backbone, workers, progress):
     elif (weights := fingerprint(backbone)) != gallery.note["weights"]:
         made_with = f"the gallery was made with {gallery.note['weights']}"
         raise ValueError(f"the backbone's weights are {weights}, {made_with}: use the same, or leave it out")
-    device = next(backbone.parameters()).device
+    device = backbone_device(backbone)
     loader = test_loader(Files(table, backbone.size), 64, gallery.note["norm"], workers, device)
     return extract_features(backbone, loader, gallery.note["precision"], progress)
 

@@ -20,6 +20,7 @@ from ..core.benchmarks import SPECS
 from ..core.files import save_json
 from ..data import check_protocol
 from ..eval_viz import Ranking, evaluate, plot_cmc, rank_gallery, show_strips
+from ..batches.augmentation import backbone_device
 
 # %% ../../nbs/results/03_testing.ipynb #018abe9a
 def split_rows(
@@ -60,7 +61,7 @@ def query_gallery_features(
     "Features of query and gallery"
     both = [split_rows(table, name) for name in ("query", "gallery")]
     images = Files(pd.concat(both, ignore_index=True), backbone.size)
-    device = next(backbone.parameters()).device
+    device = backbone_device(backbone)
     loader = test_loader(images, batch_size, getattr(backbone, "norm", "imagenet"), workers, device)
     return extract_features(backbone, loader, precision, progress).split([len(rows) for rows in both])
 
