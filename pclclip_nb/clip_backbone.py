@@ -21,9 +21,9 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .batches.augmentation import backbone_device
 from .core.attention import run_blocks
 from .core.compute import autocast_dtype, stage
-from .batches.augmentation import backbone_device
 
 # %% ../nbs/01_clip_backbone.ipynb #7553e023
 def resize_pos_embed(

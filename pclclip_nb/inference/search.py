@@ -22,13 +22,13 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 from ..backbones.weights import fingerprint
+from ..batches.augmentation import backbone_device
 from ..batches.loading import Files, test_loader
 from ..clip_backbone import extract_features
 from ..core.arrays import check_features
 from ..core.files import digest, save_json, write_whole
 from ..core.pictures import image_strips, jpeg, thumbnail
 from .extract import Gallery, image_list, open_gallery, open_weights
-from ..batches.augmentation import backbone_device
 
 # %% ../../nbs/inference/01_search.ipynb #ef926b09
 def _faiss():

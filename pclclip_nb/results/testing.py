@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
+from ..batches.augmentation import backbone_device
 from ..batches.loading import Files, test_loader
 from ..clip_backbone import extract_features
 from ..core.benchmarks import SPECS
 from ..core.files import save_json
 from ..data import check_protocol
 from ..eval_viz import Ranking, evaluate, plot_cmc, rank_gallery, show_strips
-from ..batches.augmentation import backbone_device
 
 # %% ../../nbs/results/03_testing.ipynb #018abe9a
 def split_rows(
