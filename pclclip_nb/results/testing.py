@@ -15,6 +15,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from ..batches.augmentation import backbone_device
+from ..batches.augmentation import image_norm
 from ..batches.loading import Files, test_loader
 from ..clip_backbone import extract_features
 from ..core.benchmarks import SPECS
@@ -58,11 +59,16 @@ def query_gallery_features(
     progress: bool = False,  # show a bar
     batch_size: int = 256,  # images at a time
 ) -> tuple[Tensor, Tensor]:  # (Q, d) and (G, d) features, in table order
-    "Features of query and gallery"
+    "Features of query and gallery. Raises ValueError when the table has no test images or the backbone tells no size."
+    if not has_test(table):
+        splits = sorted(set(table.split))
+        raise ValueError(f"the table has the splits {splits}: a test needs query and gallery images with known pid")
+    if not hasattr(backbone, "size"):
+        raise ValueError("the backbone has no attribute size: set it to (height, width) of its input images")
     both = [split_rows(table, name) for name in ("query", "gallery")]
     images = Files(pd.concat(both, ignore_index=True), backbone.size)
     device = backbone_device(backbone)
-    loader = test_loader(images, batch_size, getattr(backbone, "norm", "imagenet"), workers, device)
+    loader = test_loader(images, batch_size, image_norm(backbone), workers, device)
     return extract_features(backbone, loader, precision, progress).split([len(rows) for rows in both])
 
 # %% ../../nbs/results/03_testing.ipynb #56273601
