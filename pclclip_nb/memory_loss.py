@@ -66,7 +66,8 @@ def contrastive_loss(
     labels: Tensor,  # (B,) int64 pseudo labels in 0..C-1, on the CPU or the device of `feats`
     centroids: Tensor,  # (C, d) unit centroids; no gradient flows into them
     temp: float = 0.05,  # temperature, > 0
-    weight: Tensor | None = None,  # (C,) of the clusters, >= 0, for a weighted mean over the batch; None = equal
+    weight: Tensor
+    | None = None,  # (C,) of the clusters, >= 0, on any device, for a weighted mean over the batch; None = equal
 ) -> Tensor:  # scalar float32; 0 if every weight in the batch is
     "Cross-entropy of the batch against all centroids, logits in float32 also under autocast"
     with torch.autocast(feats.device.type, enabled=False):
@@ -75,6 +76,7 @@ def contrastive_loss(
         labels = send_to(labels, feats.device)
         if weight is None:
             return F.cross_entropy(logits, labels)
+        weight = send_to(weight, feats.device)
         total = weight[labels].sum().clamp(min=torch.finfo(torch.float32).tiny)
         return F.cross_entropy(logits, labels, weight.to(logits.dtype), reduction="sum") / total
 
@@ -137,12 +139,13 @@ def _fitting_labels(feats, labels, centroids):
     return labels
 
 # %% ../nbs/03_memory_loss.ipynb #28bafcfc
-def _fitting_weight(weight, C):
-    "The weights of the clusters as float32, if they are C numbers of 0 or more"
+def _fitting_weight(weight, centroids):
+    "The weights as float32 with the C centroids, if they are C numbers of 0 or more"
+    C = len(centroids)
     weight = torch.as_tensor(weight).float()
     if weight.shape != (C,) or not (weight >= 0).all():
         raise ValueError(f"weight {tuple(weight.shape)} must be one number of 0 or more for each of the {C} centroids")
-    return weight
+    return weight.to(centroids.device)
 
 # %% ../nbs/03_memory_loss.ipynb #04363a20
 class ClusterMemory(nn.Module):
@@ -163,7 +166,7 @@ class ClusterMemory(nn.Module):
             raise ValueError(f"temp = {temp} must be above 0: the papers use 0.05")
         self.momentum, self.temp, self.hard = momentum, temp, hard
         self.register_buffer("centroids", at_least_float32(centroids.detach()).clone())
-        self.register_buffer("weight", None if weight is None else _fitting_weight(weight, len(centroids)))
+        self.register_buffer("weight", None if weight is None else _fitting_weight(weight, centroids))
 
     def loss(
         self,

@@ -13,9 +13,10 @@ from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from .arrays import unit_rows
-from .compute import compiled, in_blocks, row_blocks, stage
-from .tiles import Candidates, collect_candidates, lowered_keys, prune_rows, rough_dtype
-from .tiles import rough_error_bound, rough_operand
+from .compute import compiled, exact_columns, float32_rounding, free_bytes, in_blocks
+from .compute import rough_dtype, row_blocks, stage, top_columns
+from .tiles import Candidates, collect_candidates, lowered_keys, prune_rows
+from .tiles import rough_error_bound, rough_operand, turned_operand
 
 # %% ../../nbs/core/05_neighbours.ipynb #ffc26328
 @compiled
@@ -134,12 +135,24 @@ def _rescore_found(x, rows, y, shift, cols, fill, redo, best, ids):
     _rescore_crowded(x, rows[redo], y, shift, best, ids)
 
 # %% ../../nbs/core/05_neighbours.ipynb #e82b873f
-def _product_error(d):
-    "How far torch's float32 product of two unit rows can be from the exact one, at its present precision"
+def _rough_search(z, w):
+    "Function that finds the best columns of some rows of z among the rows of w by rough scores; |mean|², and E"
     import torch
 
-    rounding = {"highest": 0, "high": 2.0**-8, "medium": 2.0**-6}  # of the factors, to 10 bits (cut off) or to 7
-    return d * 2.0**-23 + rounding[torch.get_float32_matmul_precision()]
+    d = z.shape[1]
+    mean = z.mean(0)
+    half = z.is_cuda and hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8
+    dtype = torch.float16 if half else torch.float32
+    left, sizes = rough_operand(z, mean, dtype)
+    right, others = (left, sizes) if w is z else rough_operand(w, mean, dtype)
+    length, bias, lost = map(max, sizes, others)
+    rounding = 0 if half else float32_rounding() * (length**2 + 2 * bias)
+    sums = dict(out_dtype=torch.float32) if half else {}
+
+    def search(rows, m):
+        return top_columns(torch.mm(turned_operand(left[rows], d), right.T, **sums), m)
+
+    return search, float(mean.double() @ mean.double()), rough_error_bound(length, bias, lost, d, False) + rounding
 
 # %% ../../nbs/core/05_neighbours.ipynb #3d2fa4cf
 def search_by_torch(
@@ -150,21 +163,41 @@ def search_by_torch(
     best: np.ndarray,  # (n, k) float64 scores from `empty_table`, updated in place
     ids: np.ndarray,  # (n, k) int64 row numbers, updated in place
     bar: str = "",  # title of a progress bar, "" = none
+    alone: bool = False,  # y is x and the table is empty: then the device orders the candidates
 ) -> None:
-    "Exact neighbours of the rows of x among those of y: topk on the device of the features, then 64-bit scores"
+    "Exact neighbours of the rows of x among those of y, on the device of the features"
     import torch
 
     z = features.detach().float() if hasattr(features, "detach") else torch.from_numpy(np.require(x, None, "W"))
     w = z if y is x else torch.from_numpy(np.require(y, None, "W")).to(z.device)
     k = best.shape[1]
-    m = min(len(y), best.shape[1] + 32)
-    slack = 2 * _product_error(x.shape[1])
-    for b in tqdm(row_blocks(len(x), max(64, min(4096, 2**28 // len(y)))), bar, disable=not bar, leave=False):
-        score, cols = (a.cpu().numpy() for a in (z[b] @ w.T).topk(m))
-        floor = np.maximum(best[b, -1], score[:, k - 1] if m >= k else -2) - slack
-        fill = (score >= floor[:, None]).sum(1)
-        rows = np.arange(b.start, b.stop)
-        _rescore_found(x, rows, y, shift, cols, fill, (fill == m) & (m < len(y)), best, ids)
+    search, offset, error = _rough_search(z, w)
+    todo = np.arange(len(x))
+    m = k + 16
+    while len(todo):
+        m = min(m, len(y))
+        size = max(1, min(8192, free_bytes(z.device) // 4 // (6 * len(y) + 12 * m * x.shape[1])))
+        crowded = []
+        for b in tqdm(row_blocks(len(todo), size), bar, disable=not bar, leave=False):
+            rows = todo[b]
+            at = torch.from_numpy(rows).to(z.device)
+            score, cols = search(at, m)
+            score = score.cpu().numpy()
+            floor = np.maximum(best[rows, -1] - offset - error, score[:, k - 1] - 2 * error if m >= k else -9)
+            fill = (score >= floor[:, None]).sum(1)
+            open_rows = (fill < m) | (m == len(y))  # all their candidates are found
+            crowded.append(rows[~open_rows])
+            if alone:
+                score, cols, close = (a.cpu().numpy() for a in exact_columns(z, at, cols, k))
+                settled = open_rows & ~close
+                best[rows[settled]] = score[settled, :k]
+                ids[rows[settled]] = cols[settled, :k] + shift
+                fill = (score >= score[:, k - 1 : k] - 1e-9).sum(1)
+                open_rows &= close
+            cols = np.asarray(cols if alone else cols.cpu())[open_rows]
+            _rescore_found(x, rows[open_rows], y, shift, cols, fill[open_rows], np.zeros(len(cols), bool), best, ids)
+        todo = np.concatenate(crowded)
+        m *= 8
 
 # %% ../../nbs/core/05_neighbours.ipynb #b090c18a
 def _search_by_faiss(x, method, best, ids):
@@ -198,9 +231,10 @@ def knn(
     k: int,  # neighbours per image, the image itself included; 1 <= k <= N
     method: str = "auto",  # exact: 'tiles' (CPU), 'torch' (the features' device), 'flat' (faiss); approximate: 'hnsw', 'ivf'
     progress: bool = False,  # show a progress bar
+    rows: np.ndarray | None = None,  # `unit_rows(features)`, where the caller has it: saves a copy from a GPU
 ) -> np.ndarray:  # (N, k) int64 row numbers, nearest first; column 0 = the image itself
     "Nearest neighbours by cosine, ties by row number. 'auto' is exact: 'torch' on a GPU, else 'tiles'. Where bf16 is fast 'tiles' beat the approximate ones up to a million images; of those 'hnsw' finds more than 'ivf'."
-    x = unit_rows(features)
+    x = unit_rows(features) if rows is None else rows
     if k < 1 or k != int(k):
         raise ValueError(f"k = {k} must be a whole number of at least 1")
     if len(x) < k:
@@ -215,7 +249,7 @@ def knn(
         if method == "tiles":
             search_by_tiles(x, best, ids, bar)
         elif method == "torch":
-            search_by_torch(features, x, x, 0, best, ids, bar)
+            search_by_torch(features, x, x, 0, best, ids, bar, alone=True)
         else:
             _search_by_faiss(x, method, best, ids)
     return ids
