@@ -66,8 +66,7 @@ def contrastive_loss(
     labels: Tensor,  # (B,) int64 pseudo labels in 0..C-1, on the CPU or the device of `feats`
     centroids: Tensor,  # (C, d) unit centroids; no gradient flows into them
     temp: float = 0.05,  # temperature, > 0
-    weight: Tensor
-    | None = None,  # (C,) of the clusters, >= 0, on any device, for a weighted mean over the batch; None = equal
+    weight: Tensor | None = None,  # (C,) of the clusters, >= 0, for a weighted mean over the batch; None = equal
 ) -> Tensor:  # scalar float32; 0 if every weight in the batch is
     "Cross-entropy of the batch against all centroids, logits in float32 also under autocast"
     with torch.autocast(feats.device.type, enabled=False):
@@ -76,9 +75,8 @@ def contrastive_loss(
         labels = send_to(labels, feats.device)
         if weight is None:
             return F.cross_entropy(logits, labels)
-        weight = send_to(weight, feats.device)
-        total = weight[labels].sum().clamp(min=torch.finfo(torch.float32).tiny)
-        return F.cross_entropy(logits, labels, weight.to(logits.dtype), reduction="sum") / total
+        total = weight.to(logits)[labels].sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return F.cross_entropy(logits, labels, weight.to(logits), reduction="sum") / total
 
 # %% ../nbs/03_memory_loss.ipynb #255c7dfc
 def _rounds(labels):
@@ -141,10 +139,9 @@ def _fitting_labels(feats, labels, centroids):
 # %% ../nbs/03_memory_loss.ipynb #28bafcfc
 def _fitting_weight(weight, centroids):
     "The weights as float32 with the C centroids, if they are C numbers of 0 or more"
-    C = len(centroids)
     weight = torch.as_tensor(weight).float()
-    if weight.shape != (C,) or not (weight >= 0).all():
-        raise ValueError(f"weight {tuple(weight.shape)} must be one number of 0 or more for each of the {C} centroids")
+    if weight.shape != centroids.shape[:1] or not (weight >= 0).all():
+        raise ValueError(f"weight {tuple(weight.shape)}: one number of 0 or more for each of the {len(centroids)} rows")
     return weight.to(centroids.device)
 
 # %% ../nbs/03_memory_loss.ipynb #04363a20

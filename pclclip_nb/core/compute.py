@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Timer', 'stage', 'compiled', 'row_blocks', 'in_blocks', 'single_threaded', 'ahead', 'seeded', 'float32_rounding',
-           'rough_dtype', 'free_bytes', 'top_columns', 'exact_columns', 'autocast_dtype']
+           'rough_dtype', 'free_bytes', 'top_columns', 'exact_dot', 'exact_columns', 'autocast_dtype']
 
 # %% ../../nbs/core/00_compute.ipynb #8e8713b1
 import time
@@ -18,6 +18,7 @@ from timeit import repeat
 from typing import Any
 
 import numba
+import numpy as np
 from numba import njit
 from tqdm.auto import tqdm
 
@@ -193,6 +194,18 @@ def top_columns(
     cols = torch.cat([dealt.T[groups].flatten(1), left_over.expand(len(scores), -1)], 1)
     best, at = scores.gather(1, cols).topk(m)
     return best, cols.gather(1, at)
+
+# %% ../../nbs/core/00_compute.ipynb #g7new012
+@compiled
+def exact_dot(
+    x,  # (d,) float32
+    y,  # (d,) float32
+):  # float64
+    "Dot product of two rows, summed in 64 bits"
+    total = 0.0
+    for f in range(x.shape[0]):
+        total += np.float64(x[f]) * np.float64(y[f])
+    return total
 
 # %% ../../nbs/core/00_compute.ipynb #g7new010
 def exact_columns(
