@@ -214,10 +214,9 @@ def exact_columns(
     cols: Any,  # (B, m) tensor, int64 rows that each is compared with
     k: int,  # columns whose order matters, the first ones
 ) -> tuple[Any, Any, Any]:  # (B, m) float64 dot products, inf for the row itself; (B, m) columns; (B,) bool, in doubt
-    "Columns in the order of their 64-bit dot products, largest first, the row itself before all, ties by number"
-    cols = cols.sort(1).values
+    "Columns in the order of their 64-bit dot products, largest first, the row itself before all"
     score = (x[cols].double() @ x[rows].double()[:, :, None]).squeeze(2)
-    score, order = score.masked_fill_(cols == rows[:, None], float("inf")).sort(dim=1, descending=True, stable=True)
+    score, order = score.masked_fill_(cols == rows[:, None], float("inf")).sort(dim=1, descending=True)
     cols = cols.gather(1, order)
     close = (score[:, :-1] - score[:, 1:] <= x.shape[1] * 2.0**-50)[:, :k].any(1)
     return score, cols, close | (cols[:, 0] != rows)
