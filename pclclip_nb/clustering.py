@@ -44,7 +44,7 @@ def jaccard_graph(
     n = len(x)
     check_jaccard_settings(eps, k1=k1, k2=k2)
     check_neighbour_counts(n, k1, k2)
-    ranks = _first_neighbours(knn(features, k1, method, progress) if ranks is None else ranks, n, k1)
+    ranks = _first_neighbours(knn(features, k1, method, progress, x) if ranks is None else ranks, n, k1)
     with stage("jaccard"):
         v = k_reciprocal_weights(x, ranks, mutual_positions(ranks), half_width(k1))
         v = query_expansion(v, ranks, k2) if k2 > 1 else v

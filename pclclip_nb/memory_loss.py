@@ -75,8 +75,8 @@ def contrastive_loss(
         labels = send_to(labels, feats.device)
         if weight is None:
             return F.cross_entropy(logits, labels)
-        total = weight[labels].sum().clamp(min=torch.finfo(torch.float32).tiny)
-        return F.cross_entropy(logits, labels, weight.to(logits.dtype), reduction="sum") / total
+        total = weight.to(logits)[labels].sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return F.cross_entropy(logits, labels, weight.to(logits), reduction="sum") / total
 
 # %% ../nbs/03_memory_loss.ipynb #255c7dfc
 def _rounds(labels):
@@ -137,12 +137,12 @@ def _fitting_labels(feats, labels, centroids):
     return labels
 
 # %% ../nbs/03_memory_loss.ipynb #28bafcfc
-def _fitting_weight(weight, C):
-    "The weights of the clusters as float32, if they are C numbers of 0 or more"
+def _fitting_weight(weight, centroids):
+    "The weights as float32 with the C centroids, if they are C numbers of 0 or more"
     weight = torch.as_tensor(weight).float()
-    if weight.shape != (C,) or not (weight >= 0).all():
-        raise ValueError(f"weight {tuple(weight.shape)} must be one number of 0 or more for each of the {C} centroids")
-    return weight
+    if weight.shape != centroids.shape[:1] or not (weight >= 0).all():
+        raise ValueError(f"weight {tuple(weight.shape)}: one number of 0 or more for each of the {len(centroids)} rows")
+    return weight.to(centroids.device)
 
 # %% ../nbs/03_memory_loss.ipynb #04363a20
 class ClusterMemory(nn.Module):
@@ -163,7 +163,7 @@ class ClusterMemory(nn.Module):
             raise ValueError(f"temp = {temp} must be above 0: the papers use 0.05")
         self.momentum, self.temp, self.hard = momentum, temp, hard
         self.register_buffer("centroids", at_least_float32(centroids.detach()).clone())
-        self.register_buffer("weight", None if weight is None else _fitting_weight(weight, len(centroids)))
+        self.register_buffer("weight", None if weight is None else _fitting_weight(weight, centroids))
 
     def loss(
         self,

@@ -12,8 +12,7 @@ __all__ = ['EPS_SLACK', 'check_jaccard_settings', 'check_neighbour_counts', 'job
 import numpy as np
 from scipy.sparse import csr_array
 
-from .compute import compiled, in_blocks, row_blocks
-from .neighbours import exact_dot
+from .compute import compiled, exact_dot, in_blocks, row_blocks
 
 # %% ../../nbs/core/06_jaccard.ipynb #9af51ade
 EPS_SLACK = 1e-6  # pairs this far above eps count as within eps

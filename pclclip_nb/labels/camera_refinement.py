@@ -63,7 +63,7 @@ def node_scores(
 ) -> np.ndarray:  # (N,) float64, larger = more and closer neighbours; 0 = none within min_sim
     "How many and how close the neighbours of each image are: sum of 1 / (distance + mean distance) (ICSR, 2023)"
     x = unit_rows(features)
-    ranks = knn(features, links)
+    ranks = knn(features, links, rows=x)
     cosines = np.empty(ranks.shape)
     in_blocks(lambda b: neighbour_cosines(x, ranks, b.start, b.stop, cosines), row_blocks(len(x), 4096))
     d = 1 - cosines

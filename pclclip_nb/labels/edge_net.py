@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_array, eye_array
 from torch import Tensor, nn
 
-from ..core.compute import compiled, in_blocks, row_blocks
+from ..core.compute import compiled, in_blocks, row_blocks, seeded
 from ..core.neighbours import knn
 from .graph_clustering import similarity_links
 
@@ -130,8 +130,7 @@ class EdgeNet(nn.Module):
         difference: bool = True,  # start as a function of h_u - h_v; False = at random, as published
     ):
         super().__init__()
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.conv = nn.Linear(2 * d, hidden)
             self.head = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.PReLU(hidden), nn.Linear(hidden, 2))
             nn.init.xavier_uniform_(self.conv.weight)

@@ -17,9 +17,9 @@ from scipy.sparse.csgraph import connected_components
 
 from ..clustering import jaccard_graph, relabel
 from ..core.arrays import unit_rows
-from ..core.compute import compiled, in_blocks, row_blocks
+from ..core.compute import compiled, exact_dot, in_blocks, row_blocks
 from ..core.jaccard import find_root
-from ..core.neighbours import exact_dot, knn
+from ..core.neighbours import knn
 
 # %% ../../nbs/labels/00_graph_clustering.ipynb #361db209
 @compiled
@@ -47,7 +47,7 @@ def similarity_links(
     x = unit_rows(features)
     if not 0 < min_sim <= 1:
         raise ValueError(f"min_sim = {min_sim} is outside (0, 1]: it is a cosine, the papers use 0.5")
-    ranks = knn(features, k, method, progress)
+    ranks = knn(features, k, method, progress, x)
     cosines = np.empty(ranks.shape)
     in_blocks(lambda b: neighbour_cosines(x, ranks, b.start, b.stop, cosines), row_blocks(len(x), 4096))
     keep = cosines >= min_sim

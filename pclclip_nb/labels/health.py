@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 
 from ..clustering import dbscan, jaccard_graph, relabel
-from ..core.arrays import to_numpy
+from ..core.arrays import to_numpy, unit_rows
 from ..core.neighbours import knn
 from .reports import label_scores
 
@@ -180,11 +180,12 @@ def suggest_eps(
 ) -> Suggestion:  # eps, k1, and the sweep they were chosen from
     "The eps and k1 with the highest mean silhouette, an outlier counting 0, times the share of clusters that join cameras"
     k1_values = _k1_values(k1, k2, len(features))
-    ranks = knn(features, k1_values[-1])
+    x = unit_rows(features)
+    ranks = knn(features, k1_values[-1], rows=x)
     rows = []
     tried = []
     for k in k1_values:
-        graph = jaccard_graph(features, k, k2, max(radii), ranks)
+        graph = jaccard_graph(x, k, k2, max(radii), ranks)
         for eps in map(float, radii):
             tried.append(dbscan(graph, eps, min_samples))
             rows.append(dict(k1=k, eps=eps) | cluster_report(tried[-1], camids, pids, graph))

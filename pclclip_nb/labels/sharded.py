@@ -17,12 +17,12 @@ from scipy.sparse import csr_array
 
 from ..clustering import dbscan
 from ..core.arrays import unit_rows
-from ..core.compute import in_blocks
+from ..core.compute import in_blocks, rough_dtype
 from ..core.jaccard import EPS_SLACK, check_jaccard_settings, check_neighbour_counts, half_width
 from ..core.jaccard import jaccard_pairs, job_blocks, k_reciprocal_members, member_scores, member_weights
 from ..core.jaccard import mirrored_graph, mutual_positions, query_expansion_rows
 from ..core.neighbours import empty_table, rescore_candidates, search_by_torch
-from ..core.tiles import bf16_keys, collect_candidates, rough_dtype, rough_error_bound, rough_operand
+from ..core.tiles import bf16_keys, collect_candidates, rough_error_bound, rough_operand
 
 # %% ../../nbs/labels/07_sharded.ipynb #3d494483
 def shard_rows(

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from ..clip_backbone import ClipBackbone, clip_backbone
-from ..core.compute import autocast_dtype
+from ..core.compute import autocast_dtype, seeded
 from .drawing import ATTRIBUTES, Person, caption, draw_person, random_camera, random_person
 
 # %% ../../nbs/synthetic/02_tiny_clip.ipynb #733a86db
@@ -148,9 +148,9 @@ def pretrain_tiny_clip(
     "Train a new tiny CLIP on pairs with CLIP's contrastive loss (Radford et al., 2021)"
     if len(images) != len(people):
         raise ValueError(f"{len(images)} rows of images for {len(people)} people: give one row to each")
-    torch.manual_seed(seed)
     rng = np.random.default_rng([2, seed])
-    model = tiny_clip(False).train()
+    with seeded(seed):
+        model = tiny_clip(False).train()
     opt, sched = _optimizer(model, lr, steps)
     clip_loss = ClipLoss()
     dtype = autocast_dtype()

@@ -23,7 +23,8 @@ from ..clip_backbone import extract_features
 from ..labels.camera_refinement import camera_entropy_weights
 from ..labels.health import cluster_report
 from ..memory_loss import ClusterMemory, cluster_centroids
-from .epoch_labels import pseudo_labels, settings_refiners, true_labels, with_radius
+from .epoch_labels import pseudo_labels, search_features, settings_refiners
+from .epoch_labels import true_labels, with_radius
 from .losses import HybridMemory
 from .processes import Processes
 from .run import EpochState, Run
@@ -103,13 +104,13 @@ def cluster_images(
     camids = run.images.camid.to_numpy()
     if run.cfg.clusterer == "pids" and run.clusterer is None:
         return true_labels(run.images.pid.to_numpy()), {}
+    features = search_features(features, run.device, run.clusterer, run.refiners)
     by_radius = run.cfg.clusterer == "dbscan" and run.clusterer is None
     cfg = with_radius(run.cfg, features, camids) if by_radius else run.cfg
-    refiners = run.refiners
-    if refiners is None:
-        refiners = settings_refiners(cfg, number, run.camera_clusters, device=run.device, progress=progress)
-    chosen = {"eps": cfg.eps, "k1": cfg.k1} if by_radius else {}
-    return pseudo_labels(features, camids, cfg, run.clusterer, refiners), chosen
+    glc = dict(device=run.device, progress=progress)
+    due = settings_refiners(cfg, number, run.camera_clusters, **glc) if run.refiners is None else run.refiners
+    labels = pseudo_labels(features, camids, cfg, run.clusterer, due)
+    return labels, {"eps": cfg.eps, "k1": cfg.k1} if by_radius else {}
 
 # %% ../../nbs/training/06_epoch_inputs.ipynb #b2bfe440
 def label_images(

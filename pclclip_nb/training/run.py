@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..backbones.batch_norm import pool_bn, set_bn_chunks, set_domain_bn
 from ..core.attention import set_grad_checkpoint
+from ..core.compute import seeded
 from ..core.files import write_whole
 from .epoch_labels import read_camera_labels, settings_clusterer, training_images, true_labels
 from .losses import HybridMemory, IdentityHead
@@ -136,8 +137,7 @@ def identity_head(
     if cfg.id_loss + cfg.triplet == 0:
         return None
     n_ids = true_labels(images.pid.to_numpy()).max() + 1
-    with torch.random.fork_rng([]):
-        torch.manual_seed(cfg.seed)
+    with seeded(cfg.seed):
         head = IdentityHead(backbone.d, n_ids, cfg.id_loss, cfg.label_smoothing, cfg.triplet)
     return head.to(next(backbone.parameters()).device)
 
@@ -184,8 +184,7 @@ def epoch_random_state(
 ) -> Iterator[None]:  # a `with` block; afterwards the caller's random state is restored
     "Torch's random state at the beginning of an epoch, or where a resumed one was left"
     rank = run.process.rank
-    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-        torch.manual_seed(run.cfg.seed * 100_003 + epoch.number + (rank << 40))
+    with seeded(run.cfg.seed * 100_003 + epoch.number + (rank << 40)):
         if rank < len(epoch.rng):
             cpu, *gpu = (s.clone() for s in epoch.rng[rank])  # torch needs contiguous copies
             torch.set_rng_state(cpu)
