@@ -16,7 +16,7 @@ from PIL import Image
 
 from .flags import Parser, from_package, run_command
 from .main import epoch_report
-from ..training.settings import TrainConfig
+from ..training.settings import TrainConfig, decoded_dir
 
 # %% ../../nbs/cli/03_demo.ipynb #7b1235fe
 def histogram_features(
@@ -47,7 +47,14 @@ def demo_parser() -> Parser:  # its flags
     add("--ids", type=int, default=100, metavar="N", help="training identities")
     add("--camera-shift", type=float, default=1.0, metavar="X", help="how far the cameras differ")
     add("--epochs", type=int, default=DEMO.epochs, metavar="N", help="rounds of clustering and training")
-    add("-j", "--workers", type=int, default=DEMO.workers, metavar="N", help="threads that read images")
+    add(
+        "-j",
+        "--workers",
+        type=int,
+        default=DEMO.workers,
+        metavar="N",
+        help="threads that read images, 0 = one per core",
+    )
     return parser
 
 # %% ../../nbs/cli/03_demo.ipynb #1e7d7d47
@@ -109,10 +116,11 @@ def run_demo(
     precision = cfg.feature_precision
     colour = [histogram_features(testing.split_rows(table, name).path) for name in ("query", "gallery")]
     rankings = {"colour histogram": testing.rank_table(table, *colour)}
-    rankings["before"] = testing.score_backbone(backbone, table, cfg.workers, precision)
-    report = epoch_report(table, 1, cfg)
+    images = dict(batch_size=cfg.batch_size, cache_dir=decoded_dir(cfg, run_dir), cache=cfg.cache)
+    rankings["before"] = testing.score_backbone(backbone, table, cfg.workers, precision, **images)
+    report = epoch_report(table, 1, cfg, run_dir=run_dir)
     history = from_package("train").train(backbone, table, run_dir, cfg, on_epoch=report, resume=True)
-    qf, gf = testing.query_gallery_features(backbone, table, cfg.workers, precision)
+    qf, gf = testing.query_gallery_features(backbone, table, cfg.workers, precision, **images)
     rankings["after"] = testing.rank_table(table, qf, gf)
     testing.write_test_files(run_dir / "figures", table, qf, gf, rankings, "after")
     draw_run(run_dir)

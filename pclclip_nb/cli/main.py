@@ -19,7 +19,7 @@ from .published_words import add_published, add_recipe, parse
 from ..core.files import save_json
 from ..data import read_dataset
 from ..experiments.recipes import Recipe, recipe_table
-from ..training.settings import TrainConfig
+from ..training.settings import TrainConfig, decoded_dir
 
 # %% ../../nbs/cli/02_main.ipynb #be996858
 def recipes_parser() -> Parser:  # its flags
@@ -52,7 +52,7 @@ def test_parser() -> Parser:  # its flags
     weights = "weights: best.safetensors of a run, or a published checkpoint"
     add("--resume", required=True, metavar="FILE", help=weights)
     add("-b", "--batch-size", type=int, default=256, metavar="N", help="images at a time")
-    add("-j", "--workers", type=int, default=4, metavar="N", help="threads that read images")
+    add("-j", "--workers", type=int, default=0, metavar="N", help="threads that read images, 0 = one per core")
     add("--logs-dir", metavar="DIR", help="folder for scores.json, cmc.png and strips.png; without it none are written")
     add = parser.add_argument_group("Re-ranking").add_argument
     add("--rerank", action="store_true", help="score k-reciprocal re-ranking as well as the plain distances")
@@ -121,8 +121,10 @@ def epoch_report(
     eval_step: int,  # test every so many epochs, and after the last
     cfg: TrainConfig,  # settings of the run
     recipe: Recipe | None = None,  # row whose published log is compared
+    run_dir: str | Path | None = None,  # run folder; test images are kept beside it; None = decoded for each test
 ) -> Callable:  # for `on_epoch` of `pclclip_nb.train.train`: epoch result -> scores
     "A callback that prints a line per epoch, and tests when it is due"
+    images = dict(batch_size=cfg.batch_size, cache_dir=run_dir and decoded_dir(cfg, run_dir), cache=cfg.cache)
 
     def report(result):
         epoch = result.epoch
@@ -130,7 +132,7 @@ def epoch_report(
         scores = {}
         testing = from_package("results.testing")
         if table is not None and (epoch % eval_step == 0 or epoch == cfg.epochs):
-            ranking = testing.score_backbone(result.backbone, table, cfg.workers, cfg.feature_precision)
+            ranking = testing.score_backbone(result.backbone, table, cfg.workers, cfg.feature_precision, **images)
             scores = testing.headline_scores(ranking)
         line = f"epoch {epoch:3d}  clusters {row['clusters']}  outliers {row['outliers']}"
         line += f"  ARI {row['ari']:.2f}" if "ari" in row else ""
@@ -201,7 +203,7 @@ def train_and_test(
     if main:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_json(run_dir / "experiment.json", {"recipe": recipe and recipe.name, **vars(args)})
-    report = epoch_report(table if tested else None, args.eval_step, cfg, recipe)
+    report = epoch_report(table if tested else None, args.eval_step, cfg, recipe, run_dir)
     train = from_package("train").train
     history = train(backbone, table, run_dir, cfg, on_epoch=report, resume=args.resume, source=source)
     if main and recipe and recipe.log:

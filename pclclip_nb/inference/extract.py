@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 from ..backbones.create import load_backbone, load_published
 from ..backbones.weights import backbone_options, fingerprint, read_checkpoint, save_weights
 from ..batches.augmentation import Augment, image_norm
-from ..batches.augmentation import backbone_device
+from ..batches.augmentation import backbone_device, on_device
 from ..batches.loading import read_image
 from ..clip_backbone import extract_features
 from ..core.compute import ahead, autocast_dtype
-from ..core.files import digest, save_arrays, save_json, write_whole
+from ..core.files import digest, reading_threads, save_arrays, save_json, write_whole
 from ..data import check_images, read_csv, read_folder
 
 # %% ../../nbs/inference/00_extract.ipynb #06e87273
@@ -143,6 +143,7 @@ def _open_folder(folder, backbone, settings, listed):
 def _readable_batches(paths, rows, backbone, batch_size, pool, skip_bad, bad, progress):
     "Pairs of (B, 3, H, W) images and (B,) rows; unreadable rows are added to `bad`, or raise ValueError"
     augment = Augment(image_norm(backbone))
+    device = backbone_device(backbone)
 
     def load(batch):
         jobs = [pool.submit(read_image, paths[r], backbone.size) for r in batch]
@@ -153,7 +154,8 @@ def _readable_batches(paths, rows, backbone, batch_size, pool, skip_bad, bad, pr
         bad.extend(batch[failed].tolist())
         pixels = [jobs[i].result() for i in np.flatnonzero(~failed)]
         if pixels:
-            return augment(np.stack(pixels), np.arange(len(pixels))), torch.from_numpy(batch[~failed])
+            images = np.stack(pixels) if device.type == "cpu" else on_device(np.stack(pixels), device)
+            return augment(images, np.arange(len(pixels))), torch.from_numpy(batch[~failed])
 
     batches = [(rows[i : i + batch_size],) for i in range(0, len(rows), batch_size)]
     return (loaded for loaded in ahead(load, batches) if loaded is not None)
@@ -255,7 +257,7 @@ def _make_parts(backbone, listed, folder, note, skip_bad, batch_size, workers, p
     chunk = note["chunk"]
     parts = [folder / "parts" / f"{start:09d}.npz" for start in range(0, len(paths), chunk)]
     bar = tqdm(total=len(paths), desc="features", unit=" images", disable=not progress, leave=False)
-    with bar, ThreadPoolExecutor(max(1, workers)) as pool:
+    with bar, ThreadPoolExecutor(reading_threads(workers)) as pool:
         for k, part in enumerate(parts):
             rows = np.arange(k * chunk, min((k + 1) * chunk, len(paths)))
             if part.is_file():
@@ -273,7 +275,7 @@ def extract(
     skip_bad: bool = False,  # leave unreadable images out instead of refusing before the work
     batch_size: int = 64,  # images at a time; another one changes the last digits
     precision: str = "fp32",  # see `pclclip_nb.core.compute.autocast_dtype`
-    workers: int = 4,  # threads that read images
+    workers: int = 0,  # threads that read images; 0 = one per core
     chunk: int = 1024,  # c, images in a part: what a kill can cost
     progress: bool = False,  # show a bar
 ) -> Gallery:  # features, images, skipped

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..batches.augmentation import backbone_device
 from ..batches.augmentation import image_norm
-from ..batches.loading import Files, test_loader
+from ..batches.loading import Files, decoded, test_loader
 from ..clip_backbone import extract_features
 from ..core.benchmarks import SPECS
 from ..core.files import save_json
@@ -54,10 +54,12 @@ def unmatched_queries(
 def query_gallery_features(
     backbone: nn.Module,  # (B, 3, H, W) to (B, d) unit rows, with .size
     table: pd.DataFrame,  # data set with `query` and `gallery`
-    workers: int = 2,  # threads that read images
+    workers: int = 0,  # threads that read images; 0 = one per core
     precision: str = "fp32",  # see `pclclip_nb.core.compute.autocast_dtype`
     progress: bool = False,  # show a bar
     batch_size: int = 256,  # images at a time
+    cache_dir: str | Path | None = None,  # folder that keeps the decoded images; None = they are decoded in each call
+    cache: float = 10.0,  # GB that they may take there; if they take more, they are decoded in each call
 ) -> tuple[Tensor, Tensor]:  # (Q, d) and (G, d) features, in table order
     "Features of query and gallery. Raises ValueError when the table has no test images or the backbone tells no size."
     if not has_test(table):
@@ -66,9 +68,13 @@ def query_gallery_features(
     if not hasattr(backbone, "size"):
         raise ValueError("the backbone has no attribute size: set it to (height, width) of its input images")
     both = [split_rows(table, name) for name in ("query", "gallery")]
-    images = Files(pd.concat(both, ignore_index=True), backbone.size)
-    device = backbone_device(backbone)
-    loader = test_loader(images, batch_size, image_norm(backbone), workers, device)
+    tested = pd.concat(both, ignore_index=True)
+    images = None
+    if cache_dir is not None and cache:
+        images = decoded(tested, backbone.size, cache_dir, cache, workers, progress)
+    if images is None:
+        images = Files(tested, backbone.size)
+    loader = test_loader(images, batch_size, image_norm(backbone), workers, backbone_device(backbone))
     return extract_features(backbone, loader, precision, progress).split([len(rows) for rows in both])
 
 # %% ../../nbs/results/03_testing.ipynb #56273601
@@ -87,12 +93,16 @@ def rank_table(
 def score_backbone(
     backbone: nn.Module,  # (B, 3, H, W) to (B, d) unit rows, with .size
     table: pd.DataFrame,  # data set with `query` and `gallery`
-    workers: int = 2,  # threads that read images
+    workers: int = 0,  # threads that read images; 0 = one per core
     precision: str = "fp32",  # see `pclclip_nb.core.compute.autocast_dtype`
     progress: bool = False,  # show a bar
+    batch_size: int = 256,  # images at a time
+    cache_dir: str | Path | None = None,  # folder that keeps the decoded images; None = they are decoded in each call
+    cache: float = 10.0,  # GB that they may take there; if they take more, they are decoded in each call
 ) -> Ranking:  # mAP, CMC and the values per query
     "Test a backbone: extract the features of query and gallery, rank, score"
-    return rank_table(table, *query_gallery_features(backbone, table, workers, precision, progress))
+    features = query_gallery_features(backbone, table, workers, precision, progress, batch_size, cache_dir, cache)
+    return rank_table(table, *features)
 
 # %% ../../nbs/results/03_testing.ipynb #66b127df
 def headline_scores(

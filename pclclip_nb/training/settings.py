@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'SettingsGroup', 'Labels', 'Refinement', 'Schedule', 'Batches', 'Memory', 'Optim', 'RunOptions',
-           'TrainConfig', 'free_fields', 'learning_rate', 'make_optimizer', 'set_learning_rate']
+           'decoded_dir', 'TrainConfig', 'free_fields', 'learning_rate', 'make_optimizer', 'set_learning_rate']
 
 # %% ../../nbs/training/00_settings.ipynb #24be62e6
 import math
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/training/00_settings.ipynb #80f3f5d5
@@ -216,9 +217,9 @@ class RunOptions(SettingsGroup):
     compile: bool = _free(False)  # compile the network before training (torch.compile): a minute once, faster steps
     grad_checkpoint: bool = _free(False)  # ViTs: compute blocks again in the backward pass; less memory, slower steps
     accumulate: int = 1  # parts of a batch that go through the network one after the other; less memory
-    cache: float = _free(8.0)  # GB of disk that the decoded images may take; 0 = decode in every epoch
+    cache: float = _free(10.0)  # GB of disk for decoded images, of training and test each; 0 = decode in every epoch
     cache_dir: str = _free("")  # folder they are kept in; empty = `decoded` beside the run folder
-    workers: int = _free(4)  # threads that read images; results do not depend on it
+    workers: int = _free(0)  # threads that read images, 0 = one per core; results do not depend on it
     best: str = _free("mAP")  # score returned by on_epoch that picks best.safetensors
     skip_bad: bool = _free(False)  # leave unreadable images out instead of stopping
     checkpoint_steps: int = _free(0)  # save inside an epoch too, every so many steps; 0 = at its end only
@@ -236,6 +237,14 @@ class RunOptions(SettingsGroup):
             self.one_of("precision", "auto", "bf16", "fp16", "fp32"),
             self.one_of("feature_precision", "auto", "bf16", "fp16", "fp32"),
         ]  # fmt: skip
+
+# %% ../../nbs/training/00_settings.ipynb #13c26dcf
+def decoded_dir(
+    cfg: RunOptions,  # settings of the run
+    run_dir: str | Path,  # run folder
+) -> Path:  # made when it is needed
+    "The folder of the decoded images"
+    return Path(cfg.cache_dir or Path(run_dir).parent / "decoded")
 
 # %% ../../nbs/training/00_settings.ipynb #59b5156f
 GROUPS = (Labels, Refinement, Schedule, Batches, Memory, Optim, RunOptions)
