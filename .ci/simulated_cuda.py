@@ -32,6 +32,10 @@ VALUE, SIZE, SYNCHRONIZE = "value read, waits", "size read, waits", "synchronize
 SIZE_READERS = "nonzero masked_select _unique2 unique_dim unique_consecutive bincount repeat_interleave _coalesce".split()
 FACTORIES = "zeros ones empty full eye arange linspace rand randn randint randperm tensor as_tensor sparse_coo_tensor".split()
 FACTORIES += "zeros_like ones_like empty_like full_like rand_like randn_like".split()
+CUDA_ONLY = {  # operations without a CPU kernel
+    torch.ops.aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
+    torch.ops.aten.bmm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
+}
 REAL: dict[str, Any] = {}  # what `install` replaced
 CARD = {"state": torch.Generator().manual_seed(0).get_state()}  # the device's own random state
 
@@ -207,7 +211,7 @@ class SimulatedTensor(Tensor):
             return given[id(x)] if id(x) in given else SimulatedTensor(x)
 
         with card_random_state() if torch.Tag.nondeterministic_seeded in func.tags else nullcontext():
-            result = func(*mapped(inner_of, args), **mapped(inner_of, kwargs))
+            result = CUDA_ONLY.get(func, func)(*mapped(inner_of, args), **mapped(inner_of, kwargs))
         return mapped(outer, result)
 
 
