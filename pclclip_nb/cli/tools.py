@@ -13,17 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from pclclip_nb.cli.flags import (
-    OPTIONS,
-    Parser,
-    add_backbone,
-    add_device,
-    chosen_device,
-    from_package,
-    make_backbone,
-    run_command,
-    weights_name,
-)
+from .flags import OPTIONS, Parser, add_backbone, add_device, chosen_device, from_package
+from .flags import make_backbone, run_command, weights_name
 from ..core.files import write_whole
 
 # %% ../../nbs/cli/04_tools.ipynb #8945219b
