@@ -30,7 +30,7 @@ ROOT = HERE.parent
 OUT = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu")
 LIMITS = {  # seconds of each block, in the order in which they run
     "machine": 30,
-    "functions": 60,
+    "functions": 100,
     "trainings": 100,
     "knn": 60,
     "labels": 90,
@@ -45,7 +45,12 @@ LIMITS = {  # seconds of each block, in the order in which they run
     "channels_last": 40,
     "compiled": 120,
 }
-TOTAL, START, GRACE = 480, 120, 10  # seconds of a run, of the imports of a process, between the alarm in a block and the kill
+TOTAL, START, GRACE = (
+    480,
+    120,
+    10,
+)  # seconds of a run, of the imports of a process, between the alarm in a block and the kill
+VIT = "ViT-B-16-quickgelu bf16"
 KEY = ("card", "commit", "block", "case")
 
 
@@ -163,8 +168,8 @@ def aims(rows):
         return found.get((block, case), {}).get(name)
 
     wanted = {
-        "ms of a bf16 step": (value("steps", "ViT-B/16 bf16", "ms"), 60),
-        "ms of a compiled step, by its share of the matrix rate": (value("compiled", "ViT-B/16 bf16", "share"), -0.45),
+        "ms of a step in bf16": (value("steps", VIT, "ms"), 60),
+        "share of the matrix rate of a compiled step in bf16": (value("compiled", VIT, "share"), -0.45),  # at least
         "share of a step that waits for the loader": (value("loader", "waits", "share"), 0.02),
         "s for labels of 32,621 images": (value("labels", "32621", "s"), 0.5),
         "s for labels of 100,000 images": (value("labels", "100000", "s"), 1.5),
@@ -173,7 +178,13 @@ def aims(rows):
     checks = [r["equal"] for r in rows if "equal" in r]
     for name, (got, aim) in wanted.items():
         if got is not None:
-            yield {"block": "aims", "case": name, "value": got, "aim": abs(aim), "met": got <= aim if aim > 0 else got >= -aim}
+            yield {
+                "block": "aims",
+                "case": name,
+                "value": got,
+                "aim": abs(aim),
+                "met": got <= aim if aim > 0 else got >= -aim,
+            }
     yield {"block": "aims", "case": "checks that agree", "value": sum(checks), "aim": len(checks), "met": all(checks)}
 
 
@@ -201,9 +212,12 @@ def parent(args):
         left = run_child(args, left, until, emit)
     for name in left:
         emit({"block": name, "case": "error", "error": f"not run: the {args.limit} s of the run are over"})
-    for row in aims(rows):
+    for row in list(aims(rows))[-1 if args.simulate else 0 :]:
         emit(row)
-    print(f"{len(rows)} lines in {file}; bench/results " + ("left as it is" if args.simulate else "updated"), file=sys.stderr)
+    print(
+        f"{len(rows)} lines in {file}; bench/results " + ("left as it is" if args.simulate else "updated"),
+        file=sys.stderr,
+    )
 
 
 def main():
@@ -212,7 +226,9 @@ def main():
     parser.add_argument("--quick", action="store_true", help="smaller sizes")
     parser.add_argument("--simulate", action="store_true", help="use the simulated device")
     parser.add_argument("--limit", type=int, default=TOTAL, help="seconds of the whole run")
-    parser.add_argument("--merge", type=Path, metavar="FILE", help="only put a file of lines into bench/results/gpu.json")
+    parser.add_argument(
+        "--merge", type=Path, metavar="FILE", help="only put a file of lines into bench/results/gpu.json"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,15 +1,19 @@
 """The blocks of bench/gpu.py: each yields rows with a `case` and what was measured."""
 
+import atexit
 import gc
 import os
 import platform
 import re
+import shutil
+import tempfile
 import time
 import types
 import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -27,6 +31,7 @@ from pclclip_nb.batches.loading import decoded, test_loader, train_loader
 from pclclip_nb.batches.samplers import PKSampler
 from pclclip_nb.clip_backbone import extract_features
 from pclclip_nb.clustering import jaccard_dbscan
+from pclclip_nb.core.attention import set_grad_checkpoint
 from pclclip_nb.core.compute import Timer
 from pclclip_nb.core.neighbours import knn
 from pclclip_nb.memory_loss import ClusterMemory
@@ -35,6 +40,8 @@ from pclclip_nb.train import train
 from pclclip_nb.training.settings import TrainConfig, make_optimizer
 from pclclip_nb.training.steps import Losses, Stepper
 
+WORK = Path(tempfile.mkdtemp(prefix="gpu_bench"))  # images and runs
+atexit.register(shutil.rmtree, WORK, ignore_errors=True)
 VIT, RESNET, TINY = "ViT-B-16-quickgelu", "resnet50", "pclclip-tiny"
 CLUSTERS, INSTANCES, EPS = 750, 16, 0.5
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -64,8 +71,8 @@ class Sizes:
     @classmethod
     def simulated(cls):
         "For a run whose times say nothing"
-        small = dict(vit=TINY, size=(128, 64), batch=32, steps=2, products=256, images=(600, 1000), people=4)
-        return cls(**small, epoch=200, iters=3, kinds=("cluster", "hybrid", "pids", "fp16"), real=False)
+        small = dict(vit=TINY, size=(64, 32), batch=32, steps=1, products=256, images=(600, 1000), people=4)
+        return cls(**small, epoch=200, iters=3, kinds=("cluster", "hybrid", "pids", "bf16"), real=False)
 
 
 # ---- Timing
@@ -113,7 +120,9 @@ def machine(sizes, out):
     "Versions, card, memory, cores and switches"
     card, backends = torch.cuda.get_device_properties(0), torch.backends
     row = dict(case="machine", torch=torch.__version__, cuda=torch.version.cuda, python=platform.python_version())
-    row |= dict(name=card.name, gb=card.total_memory / 1e9, capability=f"{card.major}.{card.minor}", cores=os.cpu_count())
+    row |= dict(
+        name=card.name, gb=card.total_memory / 1e9, capability=f"{card.major}.{card.minor}", cores=os.cpu_count()
+    )
     row |= dict(bf16=torch.cuda.is_bf16_supported(including_emulation=False), cudnn=backends.cudnn.version())
     row |= dict(tf32_products=torch.get_float32_matmul_precision(), tf32_convolutions=backends.cudnn.allow_tf32)
     names = ("flash", "mem_efficient", "cudnn", "math")
@@ -137,7 +146,7 @@ def functions(sizes, out):
 
 def trainings(sizes, out):
     "Small trainings of every kind against the CPU"
-    yield from exact(compare_trainings(out / "trainings", kinds=sizes.kinds))
+    yield from exact(compare_trainings(WORK / "trainings", kinds=sizes.kinds))
 
 
 # ---- Labels
@@ -235,7 +244,7 @@ def flop_of_image(name, size):
     return counter.get_total_flops() / 2
 
 
-def measured_step(name, title, precision, sizes, prepare=lambda net, images: images, **more):
+def measured_step(name, precision, sizes, prepare=lambda net, images: images, **more):
     "A row: ms, images per second, GB and the share of the matrix rate"
     free()
     flop = sizes.batch * flop_of_image(name, sizes.size)
@@ -245,15 +254,16 @@ def measured_step(name, title, precision, sizes, prepare=lambda net, images: ima
     ms = milliseconds(lambda: step(images), sizes)
     gb = torch.cuda.max_memory_allocated() / 1e9
     share = flop / ms * 1000 / rate_of(precision, sizes)
-    return dict(case=f"{title} {precision}", ms=ms, images_per_s=1000 * sizes.batch / ms, gb=gb, tflop=flop / 1e12, share=share)
+    row = dict(case=f"{name} {precision}", ms=ms, images_per_s=1000 * sizes.batch / ms)
+    return row | dict(gb=gb, tflop=flop / 1e12, share=share)
 
 
 def steps(sizes, out):
     "A training step on a batch that lies on the device"
     for precision in ("bf16", "fp16", "fp32"):
-        yield measured_step(sizes.vit, "ViT-B/16", precision, sizes)
-    for precision in ("bf16", "fp16"):
-        yield measured_step(RESNET, "ResNet-50", precision, sizes)
+        yield measured_step(sizes.vit, precision, sizes)
+    for precision in ("bf16", "fp16") if sizes.real else ("bf16",):
+        yield measured_step(RESNET, precision, sizes)
 
 
 def random_bytes(sizes, n):
@@ -316,7 +326,9 @@ def waits_of(f, sizes):
             f()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return Counter(f"{'/'.join(w.filename.split('/')[-2:])}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+    return Counter(
+        f"{'/'.join(w.filename.split('/')[-2:])}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)
+    )
 
 
 def profile(sizes, out):
@@ -333,33 +345,32 @@ def profile(sizes, out):
         for _ in range(3):
             step(images)
         wait(sizes)
-    events = record.key_averages()
-    (out / "profile.txt").write_text(events.table(sort_by="self_cuda_time_total" if sizes.real else "self_cpu_time_total", row_limit=60))
-    kernels = [e for e in events if e.self_device_time_total > 0 and "cuda" in str(e.device_type).lower()]
-    total = sum(e.self_device_time_total for e in kernels)
-    for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:15]:
-        name = re.sub(r"^void |<.*", "", e.key)[:80]
-        yield dict(case=e.key[:120], kernel=name, ms=e.self_device_time_total / 3000, share=e.self_device_time_total / total, calls=e.count / 3)
-    attention = sorted({e.key[:100] for e in kernels if re.search("flash|fmha|attention|sdpa", e.key, re.I)})
-    yield dict(case="attention kernels", names=attention, ms=total / 3000)
+    events, device = record.key_averages(), "device" if sizes.real else "cpu"
+    (out / "profile.txt").write_text(events.table(sort_by=f"self_{device}_time_total", row_limit=60))
+    on_device = [e for e in events if not sizes.real or "cuda" in str(e.device_type).lower()]
+    ms = {e.key: getattr(e, f"self_{device}_time_total") / 3000 for e in on_device}
+    for key in sorted(ms, key=ms.get, reverse=True)[:15]:
+        yield dict(case=key[:120], ms=ms[key], share=ms[key] / sum(ms.values()))
+    attention = sorted(key[:120] for key in ms if re.search("flash|fmha|attention|sdpa", key, re.I))
+    yield dict(case="attention kernels", names=attention, ms=sum(ms.values()))
 
 
 # ---- Features
 
 
-def drawn_people(sizes, out):
+def drawn_people(sizes):
     "Images of drawn people"
-    table = make_synthetic_reid(out / "people", n_train=sizes.people, n_test=1, n_distractors=0, progress=False)
+    table = make_synthetic_reid(WORK / "people", n_train=sizes.people, n_test=1, n_distractors=0, progress=False)
     return table[table.split == "train"].reset_index(drop=True)
 
 
 def features(sizes, out):
     "Features in every precision: images per second, the smallest cosine to fp32, and the agreement of the labels"
-    table = drawn_people(sizes, out)
-    for title, name in (("ViT-B/16", sizes.vit), ("small CLIP", TINY)):
+    table = drawn_people(sizes)
+    for name in dict.fromkeys((sizes.vit, TINY)):
         net = network(name, sizes) if name != TINY else tiny()
         net = net.to("cuda").eval()
-        images, truth = decoded(table, net.size, out / "decoded", progress=False), None
+        images, truth = decoded(table, net.size, WORK / "decoded", progress=False), None
         for case, precision in (("fp32", "fp32"), ("tf32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")):
             free()
             how = "high" if case == "tf32" else "highest"
@@ -368,7 +379,7 @@ def features(sizes, out):
             began = time.perf_counter()
             found = with_matmul(how, run)
             speed = len(images) / (time.perf_counter() - began)
-            row = dict(case=f"{title} {case}", images_per_s=speed, **agreement(found, truth))
+            row = dict(case=f"{name} {case}", images_per_s=speed, **agreement(found, truth))
             truth = found if truth is None else truth
             yield row
 
@@ -399,6 +410,8 @@ def noise_files(sizes, folder):
     colours = rng.integers(0, 256, (pids[-1] + 1, 4, 2, 3))
     paths = [str(folder / f"{p:04d}_c{i % 6 + 1}_{i:06d}.jpg") for i, p in enumerate(pids)]
     for path, pid in zip(paths, pids):
+        if os.path.exists(path):
+            continue
         pixels = np.clip(colours[pid] + rng.normal(0, 30, (4, 2, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).resize((64, 128), Image.BILINEAR).save(path, quality=85)
     return pd.DataFrame(dict(path=paths, pid=pids, camid=np.arange(n) % 6 + 1, split="train"))
@@ -406,26 +419,40 @@ def noise_files(sizes, folder):
 
 def epoch(sizes, out):
     "Two epochs of `train` on a table of Market-1501's size: features, labels, steps, and the state saved"
-    table, marks = noise_files(sizes, out / "noise"), [time.perf_counter()]
+    table, marks = noise_files(sizes, WORK / "noise"), [time.perf_counter()]
     net = network(sizes.vit, sizes).to("cuda")
 
     def cluster(x):  # labels are made, timed, then replaced: random weights give no clusters to train on
         jaccard_dbscan(x.to("cuda"), EPS)
         return table.pid.to_numpy() - 1
 
-    cfg = TrainConfig(epochs=2, iters=sizes.iters, batch_size=sizes.batch, workers=os.cpu_count(), cache_dir=str(out / "decoded"))
-    history = train(net, table, out / "run", cfg, cluster, on_epoch=lambda _: marks.append(time.perf_counter()), progress=False)
+    cfg = TrainConfig(
+        epochs=2, iters=sizes.iters, batch_size=sizes.batch, workers=os.cpu_count(), cache_dir=str(WORK / "decoded")
+    )
+    history = train(
+        net, table, WORK / "run", cfg, cluster, on_epoch=lambda _: marks.append(time.perf_counter()), progress=False
+    )
     for case, s, row in zip(("first", "second"), np.diff(marks), history.to_dict("records")):
-        yield dict(case=case, s=float(s), images=len(table), iters=sizes.iters, stages={k: float(v) for k, v in row.items() if k.startswith("t_")})
+        yield dict(
+            case=case,
+            s=float(s),
+            images=len(table),
+            iters=sizes.iters,
+            stages={k: float(v) for k, v in row.items() if k.startswith("t_")},
+        )
 
 
 def published(sizes, out):
     "The published loop, restated: parts of its epoch on the same images, with four workers, scaled to the whole"
     import epoch as restated
 
-    table = noise_files(sizes, out / "noise").iloc[: 8 * sizes.batch]
-    args = types.SimpleNamespace(device="cuda", model=sizes.vit, size=sizes.size, batch=sizes.batch, steps=max(2, sizes.steps // 2))
-    net, (moves, plain) = restated.published_network(network(sizes.vit, sizes).to("cuda")), restated.transforms(args)
+    table = noise_files(sizes, WORK / "noise").iloc[: 8 * sizes.batch]
+    args = types.SimpleNamespace(model=sizes.vit, size=sizes.size, batch=sizes.batch, steps=max(2, sizes.steps // 2))
+    args.device = "cuda" if sizes.real else "cpu"  # its loaders pin memory, which is not simulated
+    net, (moves, plain) = (
+        restated.published_network(network(sizes.vit, sizes).to(args.device)),
+        restated.transforms(args),
+    )
     began = time.perf_counter()
     found = restated.published_features(args, net, table, plain)
     s = time.perf_counter() - began
@@ -446,14 +473,13 @@ def small_cards(sizes, out):
     "The memory of a step, by torch's own account on the card, beside the memory counted for it"
     from small_cards import SIZE, counted_rows
 
-    for row in counted_rows() if sizes.real else []:
+    rows, room = counted_rows(), torch.cuda.get_device_properties(0).total_memory / 1e9
+    if not sizes.real:
+        rows = [row | {"batch": 8} for row in rows if row["network"] == "pass_vit_small" and row["grad_checkpoint"]][:1]
+    for row in (row for row in rows if 1.2 * row["gb"] < room):
         free()
-        if 1.2 * row["gb"] > torch.cuda.get_device_properties(0).total_memory / 1e9:
-            continue
         net = create_backbone(row["network"], None, SIZE).train().to("cuda")
-        if row["grad_checkpoint"]:
-            net.set_grad_checkpoint()
-        step = step_of(net, row["precision"], accumulate=row["accumulate"])
+        step = step_of(set_grad_checkpoint(net, row["grad_checkpoint"]), row["precision"], accumulate=row["accumulate"])
         images = torch.randn(row["batch"], 3, *SIZE, device="cuda")
         for _ in range(2):
             step(images)
@@ -465,19 +491,20 @@ def small_cards(sizes, out):
 
 def channels_last(sizes, out):
     "A convolutional network with its channels last"
+
     def prepare(net, images):
         net.to(memory_format=torch.channels_last)
         return images.contiguous(memory_format=torch.channels_last)
 
-    yield measured_step(RESNET, "ResNet-50", "bf16", sizes, prepare)
+    yield measured_step(RESNET, "bf16", sizes, prepare)
 
 
 def compiled(sizes, out):
     "Steps of a network that went through torch.compile"
     if not sizes.real:
-        return
+        return [dict(case="not simulated")]
     began = time.perf_counter()
-    yield measured_step(sizes.vit, "ViT-B/16", "bf16", sizes, compile=True) | dict(s=time.perf_counter() - began)
+    return [measured_step(sizes.vit, "bf16", sizes, compile=True) | dict(s=time.perf_counter() - began)]
 
 
 BLOCKS = dict(machine=machine, functions=functions, trainings=trainings, knn=neighbours, labels=labels, matrix=matrix)

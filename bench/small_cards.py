@@ -122,7 +122,9 @@ def without_data(net):
         return torch.empty(x.shape, dtype=x.dtype, device="cuda")
 
     for module in net.modules():
-        module._parameters |= {k: nn.Parameter(fake(p), p.requires_grad) for k, p in module._parameters.items() if p is not None}
+        module._parameters |= {
+            k: nn.Parameter(fake(p), p.requires_grad) for k, p in module._parameters.items() if p is not None
+        }
         module._buffers |= {k: fake(b) for k, b in module._buffers.items() if b is not None}
     return net.train()
 
