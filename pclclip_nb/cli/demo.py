@@ -47,14 +47,8 @@ def demo_parser() -> Parser:  # its flags
     add("--ids", type=int, default=100, metavar="N", help="training identities")
     add("--camera-shift", type=float, default=1.0, metavar="X", help="how far the cameras differ")
     add("--epochs", type=int, default=DEMO.epochs, metavar="N", help="rounds of clustering and training")
-    add(
-        "-j",
-        "--workers",
-        type=int,
-        default=DEMO.workers,
-        metavar="N",
-        help="threads that read images, 0 = one per core",
-    )
+    threads = "threads that read images, 0 = one per core"
+    add("-j", "--workers", type=int, default=DEMO.workers, metavar="N", help=threads)
     return parser
 
 # %% ../../nbs/cli/03_demo.ipynb #1e7d7d47
