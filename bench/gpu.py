@@ -201,7 +201,7 @@ def parent(args):
     file = OUT / "gpu.jsonl"
 
     def emit(row):
-        row = mark | row
+        row = mark | {"time": round(time.time())} | row
         rows.append(row)
         print(json.dumps(row), flush=True)
         with open(file, "a") as f:

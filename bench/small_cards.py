@@ -77,7 +77,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        for tensor in tree_leaves(out):
+        for tensor in tree_leaves((args, kwargs, out)):
             self.add(tensor)
         self.add_work(func, args, kwargs, out)
         return out
