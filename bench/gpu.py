@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,20 +46,21 @@ LIMITS = {  # seconds of each block, in the order in which they run
     "channels_last": 40,
     "compiled": 120,
 }
-TOTAL, START, GRACE = (
-    480,
-    120,
-    10,
-)  # seconds of a run, of the imports of a process, between the alarm in a block and the kill
+TOTAL = 480  # seconds of a run
+START = 120  # seconds that a process may take for its imports
+GRACE = 10  # seconds from the alarm in a block to the end of its process
 VIT = "ViT-B-16-quickgelu bf16"
 KEY = ("card", "commit", "block", "case")
 
 
 def commit():
     "The state of the code; where there is no git, as bench/gpu.sh noted it"
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     noted = ROOT / "wheels" / "commit"
-    return done.stdout.strip() or (noted.read_text().strip() if noted.exists() else "unknown")
+    known = noted.read_text().strip() if noted.exists() else "unknown"
+    if not shutil.which("git"):
+        return known
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or known
 
 
 # ---- The child: runs blocks
@@ -153,11 +155,11 @@ def run_child(args, names, until, emit):
 
 
 def store_rows(rows):
-    "Put rows into bench/results/gpu.json"
+    "Put rows into bench/results/gpu.json, the last of each key"
     sys.path.insert(0, str(HERE))
     from measure import store
 
-    store("gpu", KEY, rows)
+    store("gpu", KEY, list({tuple(r[k] for k in KEY): r for r in rows}.values()))
 
 
 def aims(rows):
@@ -199,7 +201,7 @@ def parent(args):
     file = OUT / "gpu.jsonl"
 
     def emit(row):
-        row = mark | row
+        row = mark | {"time": round(time.time())} | row
         rows.append(row)
         print(json.dumps(row), flush=True)
         with open(file, "a") as f:

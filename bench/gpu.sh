@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 wheels=${WHEELS:-wheels} version=${PYTHON_VERSION:-3.12}
 packages=(open_clip_torch ftfy wcwidth regex infomap anywidget psygnal ipywidgets comm traitlets ipython pygments
-  umap-learn pynndescent lazy_loader "fastcore<2")
+  lazy_loader "fastcore<2") # what importing the package needs beyond the above; infomap is used by two checks
 case ${1:-gather} in
 gather)
   rm -rf "$wheels" && mkdir -p "$wheels"

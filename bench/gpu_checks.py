@@ -1,6 +1,7 @@
 """Public functions and small trainings on a CUDA device and on the CPU, for bench/gpu.py."""
 
 import tempfile
+from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
@@ -40,7 +41,7 @@ def label_functions(x, y, cams):
     "Calls on features, labels and cameras"
     return {
         "knn": lambda: knn(x, 30),
-        "knn flat": lambda: knn(x, 30, "flat"),
+        "knn flat": lambda: knn(x, 30, "flat" if find_spec("faiss") else "torch"),
         "jaccard_graph": lambda: jaccard_graph(x, eps=EPS),
         "jaccard_dbscan": lambda: jaccard_dbscan(x, EPS),
         "relabel": lambda: relabel(y),

@@ -28,6 +28,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pclclip_nb.backbones.create import create_backbone
@@ -44,15 +45,20 @@ SIZE, BATCH, CLUSTERS = (256, 128), 256, 750
 PARTS = (1, 2, 4, 8, 16)
 CARDS = (8, 11, 16, 24)  # GB
 BLOCK = 512  # bytes, the smallest piece that torch's CUDA allocator gives out
+ATEN = torch.ops.aten
+NO_TRAFFIC = (ATEN.empty, ATEN.empty_like, ATEN.empty_strided, ATEN.new_empty, ATEN.new_empty_strided, ATEN.detach)
+NO_TRAFFIC += (ATEN._unsafe_view, ATEN._reshape_alias)
 KEY = ("network", "precision", "accumulate", "grad_checkpoint")
 
 
 class LiveBytes(TorchDispatchMode):
-    "Bytes of the storages on the simulated device that are alive, and the most there were"
+    """Bytes of the storages on the simulated device that are alive, and the most there were; with them the FLOP of matrix
+    products, convolutions and attention, and the bytes that all other operations read and write"""
 
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.known = 0, 0, WeakIdKeyDictionary()
+        self.flop, self.traffic = 0, 0
 
     def add(self, tensor):
         "Count the storage of a device tensor, once, until it is freed"
@@ -69,10 +75,20 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for tensor in tree_leaves((args, kwargs, out)):
             self.add(tensor)
+        self.add_work(func, args, kwargs, out)
         return out
+
+    def add_work(self, func, args, kwargs, out):
+        "Count what an operation computes or moves; a view does neither"
+        if func.overloadpacket in flop_registry:
+            self.flop += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+        elif not func.is_view and func.overloadpacket not in NO_TRAFFIC:
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, simulated_cuda.SimulatedTensor)]
+            self.traffic += sum(x.numel() * x.element_size() for x in tensors)
 
 
 def fused_attention(q, k, v):
@@ -129,8 +145,8 @@ def without_data(net):
     return net.train()
 
 
-def step_bytes(net, precision, accumulate=1, grad_checkpoint=False, batch=BATCH):
-    "Most bytes alive during a step, and those alive before it; the network loses its weights"
+def counted_step(net, precision, accumulate=1, grad_checkpoint=False, batch=BATCH):
+    "`LiveBytes` of a step, and the bytes alive before it; the network loses its weights"
     parts = min(accumulate, 2)  # from the second part on, beside the gradients of those before, all are alike
     used = batch // accumulate * parts
     with fake_card():
@@ -144,7 +160,7 @@ def step_bytes(net, precision, accumulate=1, grad_checkpoint=False, batch=BATCH)
                 live.add(tensor)
             held = live.now
             step(images, torch.zeros(used, dtype=torch.int64), memory)
-        return live.peak, held
+        return live, held
 
 
 def cases(network):
@@ -162,12 +178,17 @@ def count(network):
         if precision in enough and not checkpoint:
             continue
         began = time.perf_counter()
-        peak, held = (n / 1e9 for n in step_bytes(net, precision, accumulate, checkpoint))
-        if peak <= usable_gb(CARDS[0]):
+        live, held = counted_step(net, precision, accumulate, checkpoint)
+        gb, share = live.peak / 1e9, min(accumulate, 2) / accumulate  # of the batch that was counted
+        if gb <= usable_gb(CARDS[0]):
             enough.add(precision)
         row = dict(network=network, precision=precision, accumulate=accumulate, grad_checkpoint=checkpoint, batch=BATCH)
-        print(f"{row} {peak:.2f} GB, {time.perf_counter() - began:.1f} s", flush=True)
-        yield row | dict(gb=round(peak, 3), held_gb=round(held, 3))
+        print(f"{row} {gb:.2f} GB, {time.perf_counter() - began:.1f} s", flush=True)
+        work = dict(tflop=live.flop / share / 1e12, traffic_gb=live.traffic / share / 1e9)
+        yield {
+            k: round(v, 3) if isinstance(v, float) else v
+            for k, v in (row | dict(gb=gb, held_gb=held / 1e9) | work).items()
+        }
 
 
 def usable_gb(card):
@@ -186,7 +207,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="one row, nothing stored")
     args = parser.parse_args()
     if args.quick:
-        return print(step_bytes(create_backbone(NETWORKS[1], None, SIZE), "bf16", PARTS[-1]))
+        live, held = counted_step(create_backbone(NETWORKS[1], None, SIZE), "bf16", PARTS[-1])
+        return print(f"{live.peak} bytes, {held} before the step, {live.flop} FLOP, {live.traffic} bytes moved")
     for network in args.networks:
         rows = list(count(network))
         store("small_cards", KEY, rows)
