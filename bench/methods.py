@@ -23,7 +23,7 @@ from torch import nn
 from pclclip_nb.backbones.batch_norm import reset_necks
 from pclclip_nb.backbones.create import create_backbone
 from pclclip_nb.cli.demo import DEMO
-from pclclip_nb.core.compute import autocast_dtype
+from pclclip_nb.core.devices import autocast_dtype
 from pclclip_nb.results.testing import score_backbone
 from pclclip_nb.synthetic.drawing import ATTRIBUTES
 from pclclip_nb.synthetic.people import make_synthetic_reid

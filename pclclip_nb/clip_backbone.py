@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from .batches.augmentation import backbone_device
 from .core.attention import run_blocks
-from .core.compute import autocast_dtype, stage
+from .core.compute import stage
+from .core.devices import autocast_dtype
 
 # %% ../nbs/01_clip_backbone.ipynb #7553e023
 def resize_pos_embed(

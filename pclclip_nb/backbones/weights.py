@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..batches.augmentation import backbone_device, image_norm
-from ..core.compute import device_text, precision_name
+from ..core.devices import device_text, precision_name
 from ..core.files import write_whole
 
 # %% ../../nbs/backbones/03_weights.ipynb #37e2841c

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .flags import Parser, from_package, run_command
+from .flags import Parser, add_device, chosen_device, from_package, run_command
 from .main import epoch_report
 from ..training.settings import TrainConfig, decoded_dir
 
@@ -47,8 +47,9 @@ def demo_parser() -> Parser:  # its flags
     add("--ids", type=int, default=100, metavar="N", help="training identities")
     add("--camera-shift", type=float, default=1.0, metavar="X", help="how far the cameras differ")
     add("--epochs", type=int, default=DEMO.epochs, metavar="N", help="rounds of clustering and training")
-    threads = "threads that read images, 0 = one per core"
-    add("-j", "--workers", type=int, default=DEMO.workers, metavar="N", help=threads)
+    workers = "threads that read images, 0 = one per core"
+    add("-j", "--workers", type=int, default=DEMO.workers, metavar="N", help=workers)
+    add_device(parser)
     return parser
 
 # %% ../../nbs/cli/03_demo.ipynb #1e7d7d47
@@ -104,10 +105,11 @@ def run_demo(
     table = draw(run_dir / "data", n_train=args.ids, camera_shift=args.camera_shift, seed=args.seed)
     images = (table.split == "train").sum()
     others = table.pid[table.split == "query"].nunique()
+    backbone = tiny_clip.tiny_backbone().to(chosen_device(args.device))
+    precision = cfg.feature_precision
+    print(from_package("backbones.weights").network_line(backbone, "shipped", steps=cfg.precision, features=precision))
     people = f"{images} images of {args.ids} persons in {table.camid.nunique()} cameras"
     print(f"{people}; {others} other persons to test on")
-    backbone = tiny_clip.tiny_backbone()
-    precision = cfg.feature_precision
     colour = [histogram_features(testing.split_rows(table, name).path) for name in ("query", "gallery")]
     rankings = {"colour histogram": testing.rank_table(table, *colour)}
     images = dict(batch_size=cfg.batch_size, cache_dir=decoded_dir(cfg, run_dir), cache=cfg.cache)

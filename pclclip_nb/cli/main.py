@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .flags import Parser, add_backbone, add_data, add_settings, chosen_device, from_package
-from .flags import make_backbone, read_table, run_command, settings
+from .flags import make_backbone, read_table, run_command, run_lines, settings
 from .published_words import add_published, add_recipe, parse
 from ..core.files import save_json
 from ..data import read_dataset
@@ -81,6 +81,7 @@ def run_test(
         backbone, report = create.load_published(args.resume)
         print(report)
     backbone.to(chosen_device(args.device))
+    print(from_package("backbones.weights").network_line(backbone, file.name, features="fp32"))
     qf, gf = testing.query_gallery_features(backbone, table, args.workers, progress=True, batch_size=args.batch_size)
     rankings = {file.stem: testing.rank_table(table, qf, gf)}
     print(f"{file.name}: {testing.ranking_text(rankings[file.stem])}")
@@ -179,6 +180,7 @@ def train_by_camera(
     "Train one network per camera, and print a line for each"
     train_cameras = from_package("experiments.per_camera").train_cameras
     run_dir = Path(args.logs_dir)
+    print(run_lines(args, cfg, make_backbone(args, recipe), table))
     summary = train_cameras(lambda: make_backbone(args, recipe), table, run_dir, cfg, resume=bool(args.resume))
     print(summary.to_string(index=False, float_format="{:.2f}".format))
     file = f"{run_dir / 'camera_labels.csv'} as --camera-labels"
@@ -195,10 +197,11 @@ def train_and_test(
     testing = from_package("results.testing")
     run_dir = Path(args.logs_dir)
     tested = args.eval_step > 0 and testing.has_test(table)
-    if tested and (sentence := testing.unmatched_queries(table, args.dataset)):
-        print(sentence)
     source = read_dataset(args.source_dataset, args.source_dir or args.data_dir) if args.source_dataset else None
     backbone = make_backbone(args, recipe)
+    print(run_lines(args, cfg, backbone, table))
+    if tested and (sentence := testing.unmatched_queries(table, args.dataset)):
+        print(sentence)
     main = from_package("training.processes").processes().rank == 0
     if main:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -216,7 +219,7 @@ def train_and_test(
 
 # %% ../../nbs/cli/02_main.ipynb #2f711878
 def run_training(
-    args: argparse.Namespace,  # of `train_parser`, resolved by `pclclip_nb.cli.published_words.parse`
+    args: argparse.Namespace,  # of `train_parser`, resolved by `pclclip_nb.cli.published_words.parse`, with the device chosen
     recipe: Recipe | None,  # row that the flags name or imply
     notes: list[str],  # printed first
 ) -> None:
@@ -228,11 +231,8 @@ def run_training(
             f"{recipe.name} refines by what {recipe.labels_from} leaves: give its camera_labels.csv as --camera-labels, "
             "or 'none' to cluster each camera with the same features"
         )
-    args.device = chosen_device(args.device)
     cfg = settings(args)
     table = read_table(args)
-    cameras = table.camid[table.split == "train"]
-    print(f"{len(cameras)} training images of {args.dataset}, {cameras.nunique()} cameras")
     work = train_by_camera if args.per_camera else train_and_test
     work(args, recipe, cfg, table)
 
@@ -243,4 +243,10 @@ def train_main(
     "The command `pclclip_train`: fine-tune a backbone for re-identification, with or without identity labels"
     stopped = "what was finished is saved, the same command with --resume goes on"
     parser = train_parser()
-    run_command(parser, argv, lambda _: run_training(*parse(parser, argv)), stopped)
+
+    def work(args):
+        resolved, recipe, notes = parse(parser, argv)
+        vars(args).update(vars(resolved), device=args.device)
+        run_training(args, recipe, notes)
+
+    run_command(parser, argv, work, stopped)

@@ -13,10 +13,10 @@ from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from .arrays import unit_rows
-from .compute import compiled, exact_columns, exact_dot, float32_rounding, free_bytes
-from .compute import in_blocks, rough_dtype, row_blocks, stage, top_columns
-from .tiles import Candidates, collect_candidates, lowered_keys, prune_rows
-from .tiles import rough_error_bound, rough_operand, turned_operand
+from .compute import compiled, exact_columns, exact_dot, in_blocks, row_blocks, stage, top_columns
+from .devices import float32_rounding, free_bytes, rough_dtype
+from .tiles import Candidates, collect_candidates, lowered_keys, prune_rows, rough_error_bound
+from .tiles import rough_operand, turned_operand
 
 # %% ../../nbs/core/05_neighbours.ipynb #7b335047
 def empty_table(

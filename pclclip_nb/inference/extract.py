@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 
 from ..backbones.create import load_backbone, load_published
 from ..backbones.weights import backbone_options, fingerprint, read_checkpoint, save_weights
-from ..batches.augmentation import Augment, image_norm
-from ..batches.augmentation import backbone_device, on_device
+from ..batches.augmentation import Augment, backbone_device, image_norm, on_device
 from ..batches.loading import read_image
 from ..clip_backbone import extract_features
-from ..core.compute import ahead, autocast_dtype
+from ..core.compute import ahead
+from ..core.devices import autocast_dtype
 from ..core.files import digest, reading_threads, save_arrays, save_json, write_whole
 from ..data import check_images, read_csv, read_folder
 

@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_array, eye_array
 from torch import Tensor, nn
 
-from ..core.compute import compiled, in_blocks, row_blocks, seeded
+from ..core.compute import compiled, in_blocks, row_blocks
+from ..core.devices import seeded
 from ..core.neighbours import knn
 from .graph_clustering import similarity_links
 

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from ..clustering import relabel
 from ..core.arrays import unit_rows
-from ..core.compute import ahead, autocast_dtype, row_blocks, stage
+from ..core.compute import ahead, row_blocks, stage
+from ..core.devices import autocast_dtype
 from .edge_net import EdgeNet, focal_loss, graph_inputs, neighbour_graph, subgraphs
 
 # %% ../../nbs/labels/04_graph_correction.ipynb #bfd23dc4

@@ -17,7 +17,8 @@ from scipy.sparse import csr_array
 
 from ..clustering import dbscan
 from ..core.arrays import unit_rows
-from ..core.compute import in_blocks, rough_dtype
+from ..core.compute import in_blocks
+from ..core.devices import rough_dtype
 from ..core.jaccard import EPS_SLACK, check_jaccard_settings, check_neighbour_counts, half_width
 from ..core.jaccard import jaccard_pairs, job_blocks, k_reciprocal_members, member_scores, member_weights
 from ..core.jaccard import mirrored_graph, mutual_positions, query_expansion_rows

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from ..clip_backbone import ClipBackbone, clip_backbone
-from ..core.compute import autocast_dtype, seeded
+from ..core.devices import autocast_dtype, seeded
 from .drawing import ATTRIBUTES, Person, caption, draw_person, random_camera, random_person
 
 # %% ../../nbs/synthetic/02_tiny_clip.ipynb #733a86db

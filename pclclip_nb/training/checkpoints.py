@@ -29,7 +29,7 @@ import torch
 
 from ..backbones.batch_norm import drop_source
 from ..backbones.weights import save_weights
-from ..core.compute import autocast_dtype
+from ..core.devices import autocast_dtype
 from ..core.files import digest, save_arrays, save_json, write_whole
 from ..memory_loss import ClusterMemory
 from .losses import HybridMemory

@@ -8,7 +8,7 @@ __all__ = ['run_images', 'decode_images', 'gather_batches', 'run_features', 'epo
            'epoch_loader']
 
 # %% ../../nbs/training/06_epoch_inputs.ipynb #8dd78935
-from pathlib import Path
+import warnings
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 
 from ..backbones.batch_norm import set_domain
 from ..batches.augmentation import Augment, image_norm
-from ..batches.loading import Batches, Files, decoded, test_loader, train_loader
+from ..batches.loading import Batches, Files, cache_problem, decoded, test_loader, train_loader
 from ..batches.samplers import IdentitySampler, JointSampler, PKSampler
 from ..clip_backbone import extract_features
 from ..labels.camera_refinement import camera_entropy_weights
@@ -28,7 +28,7 @@ from .epoch_labels import true_labels, with_radius
 from .losses import HybridMemory
 from .processes import Processes
 from .run import EpochState, Run
-from .settings import TrainConfig
+from .settings import TrainConfig, decoded_dir
 
 # %% ../../nbs/training/06_epoch_inputs.ipynb #47a1d53e
 def run_images(
@@ -43,12 +43,12 @@ def decode_images(
     run: Run,  # its `decoded` is set, unless the settings or the disk leave no room
     progress: bool = False,  # show a bar
 ) -> None:
-    "Decode all images once, into a file beside the run folder; one process of each machine does it"
-    if not run.cfg.cache:
-        return
-    folder = run.cfg.cache_dir or run.folder.parent / "decoded"
+    "Decode all images once, into a file beside the run folder; one process of each machine does it. Warns if there is no room."
+    where = (run.table, run.backbone.size, decoded_dir(run.cfg, run.folder or "."), run.cfg.cache, run.cfg.workers)
     with run.process.one_per_machine():
-        run.decoded = decoded(run.table, run.backbone.size, folder, run.cfg.cache, run.cfg.workers, progress)
+        run.decoded = decoded(*where, progress) if run.cfg.cache else None
+    if run.cfg.cache and run.decoded is None and run.process.rank == 0:
+        warnings.warn(cache_problem(*where), stacklevel=2)
 
 # %% ../../nbs/training/06_epoch_inputs.ipynb #4e965948
 def gather_batches(

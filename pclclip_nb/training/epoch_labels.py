@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..clustering import jaccard_dbscan
-from ..core.compute import free_bytes
+from ..core.devices import free_bytes
 from ..data import check_images
 from ..labels.camera_refinement import discard_share, refine_by_camera
 from ..labels.graph_clustering import infomap_clusters, jaccard_linkage

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..backbones.batch_norm import pool_bn, set_bn_chunks, set_domain_bn
 from ..core.attention import set_grad_checkpoint
-from ..core.compute import seeded
+from ..core.devices import seeded
 from ..core.files import write_whole
 from .epoch_labels import read_camera_labels, settings_clusterer, training_images, true_labels
 from .losses import HybridMemory, IdentityHead

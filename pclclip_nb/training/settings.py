@@ -212,11 +212,11 @@ def _free(default):
 class RunOptions(SettingsGroup):
     "Precision, memory and files"
 
-    precision: str = "auto"  # of training: bf16, fp16, fp32, or auto (bf16 where the hardware is fast at it)
-    feature_precision: str = "fp32"  # of the features that are clustered: as above
-    compile: bool = _free(False)  # compile the network before training (torch.compile): a minute once, faster steps
-    grad_checkpoint: bool = _free(False)  # ViTs: compute blocks again in the backward pass; less memory, slower steps
-    accumulate: int = 1  # parts of a batch that go through the network one after the other; less memory
+    precision: str = "auto"  # of steps: fp32 (exact), bf16 or fp16 (rounded, half the memory), auto = what is fast here
+    feature_precision: str = "fp32"  # of the features that are clustered: as above; fp32 takes most time
+    compile: bool = _free(False)  # torch.compile: faster steps after a minute at the start; needs a C++ compiler
+    grad_checkpoint: bool = _free(False)  # ViTs: compute a step's blocks twice; less memory, slower, same result
+    accumulate: int = 1  # parts of a batch, one after the other; less memory, slower, batch norm sees a part
     cache: float = _free(10.0)  # GB of disk for decoded images, of training and test each; 0 = decode in every epoch
     cache_dir: str = _free("")  # folder they are kept in; empty = `decoded` beside the run folder
     workers: int = _free(0)  # threads that read images, 0 = one per core; results do not depend on it

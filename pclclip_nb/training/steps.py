@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..batches.augmentation import backbone_device
 from ..clip_backbone import unit
-from ..core.compute import autocast_dtype
+from ..core.devices import autocast_dtype
 from ..memory_loss import ClusterMemory
 from .losses import HybridMemory, IdentityHead
 from .processes import Processes, batch_parts
