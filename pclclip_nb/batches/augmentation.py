@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from ..core.arrays import to_numpy
 
 # %% ../../nbs/batches/00_augmentation.ipynb #6a729acf
 import numba
@@ -66,7 +67,7 @@ def uniforms(
     n: int,  # numbers for each seed
 ) -> np.ndarray:  # (B, n) float64 in [0, 1)
     "Random numbers computed from the seed and their index alone"
-    z = np.asarray(seeds, np.uint64)[:, None] * np.uint64(0xD1342543DE82EF95)
+    z = to_numpy(seeds).astype(np.uint64)[:, None] * np.uint64(0xD1342543DE82EF95)
     z = z + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
@@ -152,13 +153,14 @@ def moved_batch(
     fill: Tensor | tuple = IMAGENET_MEAN,  # (3,) of the rectangles, normalised units
 ) -> Tensor:  # (B, 3, H, W) float32 on the device of the images
     "Flip, shift, normalise and erase a batch; nothing is waited for if table and fill are on the device already"
+    rows = to_numpy(rows)
     fill = torch.as_tensor(fill)
     if isinstance(images, Tensor):
         device = images.device
         rows_and_moves = on_device(np.column_stack([rows, moves]).astype(np.int64), device)
         return _moved_torch(images[rows_and_moves[:, 0]], rows_and_moves[:, 1:], table.to(device), fill.to(device))
     out = torch.empty(len(rows), *images.shape[1:])
-    _moved(images, np.asarray(rows, np.int64), moves, table.numpy(), fill.numpy(), out.numpy())
+    _moved(images, rows.astype(np.int64), moves, table.numpy(), fill.numpy(), out.numpy())
     return out
 
 # %% ../../nbs/batches/00_augmentation.ipynb #f559aaf5
