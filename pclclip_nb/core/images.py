@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'readable_formats', 'image_suffixes', 'scaled_to_bytes', 'image_as_rgb', 'split_box', 'crop_box',
-           'open_rgb', 'image_note', 'image_size', 'is_system', 'is_results', 'printable', 'FoundImages', 'find_images',
-           'image_files']
+           'RefusedImage', 'open_rgb', 'image_note', 'image_size', 'is_system', 'is_results', 'printable',
+           'FoundImages', 'find_images', 'image_files']
 
 # %% ../../nbs/core/11_images.ipynb #c2f4053c
 import os
@@ -115,10 +115,14 @@ def _kind_of(start):
     return next((words for first, words in _KINDS.items() if start.startswith(first)), "no image")
 
 
+class RefusedImage(OSError):
+    "An image file that is not opened: no regular file, or too large"
+
+
 def _open_bitmap(file):
     "An opened image, not yet decoded, and whether it is above Pillow's limit; raises OSError"
     if not stat.S_ISREG(os.stat(file).st_mode):
-        raise OSError(f"{file} is no regular file (a folder, pipe, socket or device): give image files")
+        raise RefusedImage(f"{file} is no regular file (a folder, pipe, socket or device): give image files")
     with open(file, "rb") as f:
         start = f.read(16)
     try:
@@ -129,7 +133,7 @@ def _open_bitmap(file):
         pixels, limit = int(re.search(r"\d+", str(e))[0]), 2 * Image.MAX_IMAGE_PIXELS
         if start[:2] == b"\xff\xd8" and pixels <= 2 * limit:
             return JpegImageFile(file), True
-        raise OSError(
+        raise RefusedImage(
             f"{file} has {pixels / 1e6:.0f} megapixels, the limit is {limit / 1e6:.0f}: save a smaller copy, "
             f"a JPEG of up to {2 * limit / 1e6:.0f}, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from e
