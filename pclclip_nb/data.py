@@ -183,13 +183,11 @@ def copies_in_gallery(
     gallery: pd.DataFrame,  # path, camid
 ) -> pd.DataFrame:  # path_query, path_gallery; one row per pair that scoring would compare
     "Gallery images with the same content as a query"
-    parts = [part.assign(file=[split_box(p)[0] for p in part["path"]]) for part in (query, gallery)]
-    digests = shared_digests(*(part["file"] for part in parts))
-    for part in parts:
-        part["box"] = [str(split_box(p)[1]) for p in part["path"]]
-        part["digest"] = part["file"].map(digests)
-    q, g = (part.dropna(subset="digest") for part in parts)
-    pairs = q.merge(g, on=["digest", "box"], suffixes=("_query", "_gallery"))
+    boxes = [[split_box(path) for path in part["path"]] for part in (query, gallery)]
+    digests = shared_digests(*([file for file, _ in part] for part in boxes))
+    keys = [[f"{digests[file]} {box}" if file in digests else None for file, box in part] for part in boxes]
+    q, g = (p.assign(key=pd.array(k, "object")) for p, k in zip((query, gallery), keys))
+    pairs = q.dropna(subset="key").merge(g.dropna(subset="key"), on="key", suffixes=("_query", "_gallery"))
     removed = (pairs["camid_query"] == pairs["camid_gallery"]) & (pairs["camid_query"] >= 0)
     return pairs.loc[~removed, ["path_query", "path_gallery"]].reset_index(drop=True)
 

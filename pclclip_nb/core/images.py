@@ -115,6 +115,17 @@ def _kind_of(start):
     return next((words for first, words in _KINDS.items() if start.startswith(first)), "no image")
 
 
+def _start(file):
+    with open(file, "rb") as f:
+        return f.read(16)
+
+
+@cache
+def _to_open():
+    "Formats as Pillow's opener wants them: MPO is opened as JPEG"
+    return [f for f in readable_formats() if f != "MPO"]
+
+
 class RefusedImage(OSError):
     "An image file that is not opened: no regular file, or too large"
 
@@ -123,15 +134,13 @@ def _open_bitmap(file):
     "An opened image, not yet decoded, and whether it is above Pillow's limit; raises OSError"
     if not stat.S_ISREG(os.stat(file).st_mode):
         raise RefusedImage(f"{file} is no regular file (a folder, pipe, socket or device): give image files")
-    with open(file, "rb") as f:
-        start = f.read(16)
     try:
-        return Image.open(file, formats=[f for f in readable_formats() if f != "MPO"]), False
+        return Image.open(file, formats=_to_open()), False
     except UnidentifiedImageError as e:
-        raise UnidentifiedImageError(f"cannot identify image file {file}: it is {_kind_of(start)}") from e
+        raise UnidentifiedImageError(f"cannot identify image file {file}: it is {_kind_of(_start(file))}") from e
     except Image.DecompressionBombError as e:
         pixels, limit = int(re.search(r"\d+", str(e))[0]), 2 * Image.MAX_IMAGE_PIXELS
-        if start[:2] == b"\xff\xd8" and pixels <= 2 * limit:
+        if _start(file)[:2] == b"\xff\xd8" and pixels <= 2 * limit:
             return JpegImageFile(file), True
         raise RefusedImage(
             f"{file} has {pixels / 1e6:.0f} megapixels, the limit is {limit / 1e6:.0f}: save a smaller copy, "

@@ -27,7 +27,9 @@ from ..batches.augmentation import backbone_device
 from ..batches.loading import read_image
 from ..clip_backbone import extract_features
 from ..core.compute import ahead, autocast_dtype
-from ..core.files import digest, save_arrays, save_json, write_whole
+from ..core.files import digest, read_list, save_arrays, save_json, write_whole
+from ..core.images import split_box
+from ..core.own_images import as_table
 from ..data import check_images, read_csv, read_folder
 
 # %% ../../nbs/inference/00_extract.ipynb #06e87273
@@ -37,11 +39,11 @@ def _listed_files(path, pattern):
         return read_folder(path, pattern)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a folder, an image, or a list (.csv or .txt) of images")
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in (".csv", ".tsv"):
         return read_csv(path)
     if path.suffix.lower() != ".txt":
         return [path]
-    return [path.parent / line.strip() for line in path.read_text().splitlines() if line.strip()]
+    return read_list(path)
 
 # %% ../../nbs/inference/00_extract.ipynb #794d9a31
 def image_list(
@@ -54,9 +56,9 @@ def image_list(
     table = source if isinstance(source, pd.DataFrame) else pd.DataFrame({"path": [str(p) for p in source]})
     if "path" not in table or table.empty:
         raise ValueError("no images are listed: give a folder, a list of files, or a table with a column path")
-    table = {"pid": -1, "camid": -1, "split": "gallery"} | {c: table[c].to_numpy() for c in table}
-    table["path"] = [os.path.abspath(p) for p in table["path"]]
-    return pd.DataFrame(table)[["path", "pid", "camid", "split"]].drop_duplicates("path", ignore_index=True)
+    listed = as_table(table if "split" in table else table.assign(split="gallery"))
+    listed = listed.assign(path=[os.path.abspath(p) for p in listed["path"]])
+    return listed[["path", "pid", "camid", "split"]].drop_duplicates("path", ignore_index=True)
 
 # %% ../../nbs/inference/00_extract.ipynb #bd4f8a77
 def open_weights(
@@ -282,7 +284,8 @@ def extract(
         raise ValueError(f"batch_size {batch_size}, chunk {chunk}: both must be at least 1")
     folder = Path(folder).expanduser()
     listed = image_list(images)
-    listed["bytes"] = [os.path.getsize(p) if os.path.exists(p) else -1 for p in listed.path]
+    files = [split_box(p)[0] for p in listed.path]
+    listed["bytes"] = [os.path.getsize(f) if os.path.exists(f) else -1 for f in files]
     settings = _gallery_settings(backbone, precision, chunk)
     if not (folder / "gallery.json").is_file() and not skip_bad:
         _check_readable(listed)
