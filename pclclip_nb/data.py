@@ -139,9 +139,9 @@ def check_images(
     bad = pd.DataFrame([(p, why) for p, (why, _) in zip(paths, found, strict=True) if why], columns=["path", "problem"])
     notes = Counter(note for _, said in found for note in said.split(", ") if note)
     bad.attrs["notes"] = dict(notes)
-    if deep := [p for p, (_, said) in zip(paths, found, strict=True) if "more than 8 bits" in said]:
-        what = f"{counted(len(deep), 'image')} with more than 8 bits of grey (first: {deep[0]})"
-        warnings.warn(f"{what}: each is scaled to 8 bits by its own range", stacklevel=2)
+    for note in [n for n in notes if n.startswith("more than 8 bits")]:
+        first = next(p for p, (_, said) in zip(paths, found, strict=True) if note in said)
+        warnings.warn(f"{counted(notes[note], 'image')} (first: {first}): {note}", stacklevel=2)
     return bad
 
 # %% ../nbs/00_data.ipynb #d0000012

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'readable_formats', 'image_suffixes', 'scaled_to_bytes', 'image_as_rgb', 'split_box', 'crop_box',
-           'RefusedImage', 'open_rgb', 'image_note', 'image_size', 'is_system', 'is_results', 'printable',
-           'FoundImages', 'find_images', 'image_files']
+           'RefusedImage', 'open_rgb', 'image_note', 'image_size', 'is_system', 'is_results', 'FoundImages',
+           'find_images', 'image_files']
 
 # %% ../../nbs/core/11_images.ipynb #c2f4053c
 import os
@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
+
+from .files import printable
 
 # %% ../../nbs/core/11_images.ipynb #4abc69ea
 FORMATS = "JPEG MPO PNG WEBP TIFF BMP DIB GIF PPM JPEG2000 AVIF HEIF PCX SGI QOI TGA".split()
@@ -114,7 +116,7 @@ def _kind_of(start):
         return "an HEIC photograph: install pillow-heif, or convert it"
     return next((words for first, words in _KINDS.items() if start.startswith(first)), "no image")
 
-
+# %% ../../nbs/core/11_images.ipynb #a7c4bcba
 def _start(file):
     with open(file, "rb") as f:
         return f.read(16)
@@ -194,8 +196,10 @@ def image_note(
     with image:
         notes = ["read at half its size"] if too_large else []
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            notes.append("more than 8 bits, scaled by its own range")
-        elif image.has_transparency_data:
+            notes.append("more than 8 bits of grey scaled by their own range")
+        elif any(";16" in str(tile) for tile in image.tile):
+            notes.append("more than 8 bits per channel cut to the upper 8")
+        if image.has_transparency_data:
             notes.append("transparent parts laid on white")
         if image.format not in ("JPEG", "MPO") and getattr(image, "is_animated", False):
             notes.append("first frame or page used")
@@ -225,7 +229,7 @@ _TEST_PICTURES = {"cmc.png", "strips.png"}
 
 def is_system(
     name: str,  # of a file or folder
-) -> bool:
+) -> bool:  # True for .thumbnails, Thumbs.db and the like
     "Whether a name is hidden, or one that an operating system or file manager makes"
     return name.startswith(".") or name.lower() in _SYSTEM
 
@@ -233,7 +237,7 @@ def is_system(
 def is_results(
     folder: str,  # path of the folder
     names: set[str],  # of the files and folders in it
-) -> bool:
+) -> bool:  # True for a gallery, a run folder or a cache
     "Whether a folder is a gallery, a run folder or a cache that this package wrote"
     run = "config.json" in names and not names.isdisjoint({"history.csv", "last.pt", "images.csv"})
     cache = os.path.basename(folder) == "decoded" and any(n.endswith(".npy") for n in names)
@@ -250,13 +254,6 @@ _LEFT_OUT = {
     "unreadable": ("folder that cannot be read", "folders that cannot be read"),
     "name": ("name that is not UTF-8", "names that are not UTF-8"),
 }
-
-
-def printable(
-    path: str | Path,  # may hold bytes that are not UTF-8
-) -> str:  # such bytes as \xe9
-    "A path that can be printed and written"
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 # %% ../../nbs/core/11_images.ipynb #9ed18ea7
 @dataclass
@@ -288,14 +285,16 @@ class FoundImages:
     def words(self) -> list[str]:  # such as "3 .heic"
         "What was left out"
         said = []
-        for reason, n in sorted(self.left_out.items()):
+        suffixes = [s for s, _ in self.left_out.most_common() if s not in _LEFT_OUT]
+        more = sum(self.left_out[s] for s in suffixes[6:])
+        for reason, n in sorted((s, n) for s, n in self.left_out.items() if s not in suffixes[6:]):
             if reason in _LEFT_OUT:
                 said.append(f"{n} {_LEFT_OUT[reason][n > 1]} ({printable(os.path.basename(self.first[reason]))})")
             elif reason in (".heic", ".heif"):
                 said.append(f"{n} {reason} (install pillow-heif, or convert them)")
             else:
                 said.append(f"{n} {reason}" if reason else f"{n} without suffix")
-        return said
+        return said + ([f"{more} of {len(suffixes) - 6} other suffixes"] if more else [])
 
 # %% ../../nbs/core/11_images.ipynb #66c4bf8d
 @dataclass
@@ -373,7 +372,8 @@ def find_images(
 ) -> FoundImages:  # sorted files, and what was left out
     "The image files of a folder, each once. Raises `FileNotFoundError` if there is no such folder."
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"folder {printable(folder)} does not exist: check the path")
+        state = "is no folder" if os.path.exists(folder) else "does not exist"
+        raise FileNotFoundError(f"folder {printable(folder)} {state}: check the path")
     walk = _Walk(os.fspath(folder))
     pending = [walk.root]
     while pending or walk.links:

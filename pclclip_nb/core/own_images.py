@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from .benchmarks import SPLITS, dense_ids, image_table, name_ids, split_meanings
-from .files import csv_rows, existing_path
-from .images import FoundImages, find_images, image_suffixes, is_results, is_system, printable
+from .files import csv_rows, existing_path, printable
+from .images import FoundImages, find_images, image_suffixes, is_results, is_system
 
 # %% ../../nbs/core/12_own_images.ipynb #3d64778d
 def _subfolders(folder):
@@ -79,7 +79,7 @@ def folder_levels(
 def clearly_identities(
     names: pd.Series,  # (n,) folder names
     splits: pd.Series,  # (n,) split of each image
-) -> bool:
+) -> bool:  # False where they may be places, days or cameras
     "Whether folder names can only be identities"
     query, gallery = (names[(splits == s).to_numpy()] for s in ("query", "gallery"))
     if names.dropna().str.fullmatch(_DATE).all():
@@ -234,6 +234,7 @@ def with_box(
     numbers = re.findall(r"-?\d+(?:\.\d+)?", box) if isinstance(box, str) else [str(n) for n in box]
     if not numbers or set(numbers) <= {"nan", ""}:
         return path
+    box = ", ".join(numbers)
     if len(numbers) != 4:
         raise ValueError(f"box {box} is not four numbers: write x, y, width and height in pixels")
     x, y, w, h = map(float, numbers)
@@ -319,7 +320,7 @@ def read_image_list(
     "A CSV file as a table. Raises `ValueError` with file and line, `FileNotFoundError` if no image exists."
     file = Path(csv).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"CSV file {file} does not exist: check the path")
+        raise FileNotFoundError(f"CSV file {printable(file)} does not exist: check the path")
     lines, columns, roles, unused = _csv_cells(file)
 
     def where(i):
