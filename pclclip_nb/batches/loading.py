@@ -24,9 +24,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .augmentation import Augment
-from ..core.benchmarks import open_rgb
 from ..core.compute import ahead
 from ..core.files import digest, reading_threads
+from ..core.images import open_rgb, split_box
 
 # %% ../../nbs/batches/01_loading.ipynb #2ac85231
 def squash(
@@ -64,9 +64,9 @@ def decoded_gb(
 # %% ../../nbs/batches/01_loading.ipynb #bdadc542
 def _images_digest(paths, size):
     "16 hex digits that change with every file's name, length and time"
-    stats = ((str(p), os.stat(p)) for p in paths)
+    stats = ((str(p), os.stat(split_box(p)[0])) for p in paths)
     lines = [f"{p}\t{s.st_size}\t{s.st_mtime_ns}" for p, s in stats]
-    return digest("\n".join([f"1 {tuple(size)}", *lines]))[:16]
+    return digest("\n".join([f"2 {tuple(size)}", *lines]))[:16]
 
 # %% ../../nbs/batches/01_loading.ipynb #44ee12ea
 def _write_decoded(file, paths, shape, workers, progress):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from .flags import Parser, add_device, chosen_device, from_package, run_command
 from .main import epoch_report
 from ..training.settings import TrainConfig, decoded_dir
+from ..core.images import open_rgb
 
 # %% ../../nbs/cli/03_demo.ipynb #7b1235fe
 def histogram_features(
@@ -26,8 +26,7 @@ def histogram_features(
     "Colour histograms of images: the baseline that knows nothing but colour"
     out = np.empty((len(paths), bins**3), np.float32)
     for i, path in enumerate(paths):
-        with Image.open(path) as im:
-            pixels = np.asarray(im.convert("RGB")).reshape(-1, 3) // (256 // bins)
+        pixels = np.asarray(open_rgb(path)).reshape(-1, 3) // (256 // bins)
         out[i] = np.bincount(pixels @ [bins * bins, bins, 1], minlength=bins**3)
     return out / np.linalg.norm(out, axis=1, keepdims=True)
 

@@ -68,11 +68,12 @@ def check_integers(
     x = to_numpy(x)
     if x.shape != (n,):
         raise ValueError(f"{name} has shape {x.shape}: give one id per image, ({n},)")
-    if np.issubdtype(x.dtype, np.integer):
+    if np.issubdtype(x.dtype, np.integer) and x.dtype != np.uint64:
         return x.astype(np.int64)
     bad = [v for v in x.tolist() if not isinstance(v, int | float) or v != v or v % 1]
+    bad += [v for v in x.tolist() if v not in bad and abs(v) >= (2**53 if isinstance(v, float) else 2**63)]
     if bad:
-        raise ValueError(f"{name} holds {x.dtype}, for example {bad[0]!r}: give integers, -1 = unknown")
+        raise ValueError(f"{name} holds {x.dtype}, for example {bad[0]!r}: give integers below 2**63, -1 = unknown")
     return x.astype(np.int64)
 
 # %% ../../nbs/core/01_arrays.ipynb #ee0d85b3

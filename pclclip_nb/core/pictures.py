@@ -7,6 +7,7 @@ __all__ = ['ACROSS', 'DOWN', 'show_image', 'image_strips', 'image_paths', 'tile_
            'thumbnail_sheets']
 
 # %% ../../nbs/core/03_pictures.ipynb #01a28cfd
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,6 +24,7 @@ from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from .arrays import to_numpy
+from .images import image_size, open_rgb, split_box
 
 # %% ../../nbs/core/03_pictures.ipynb #b0d8ded2
 def show_image(
@@ -34,8 +36,7 @@ def show_image(
     alpha: float = 1.0,  # opacity of the image, in [0, 1]
 ) -> None:
     "Draw one image in a coloured frame, without ticks"
-    with Image.open(path) as img:
-        ax.imshow(img.convert("RGB").resize((64, 128)), alpha=alpha)
+    ax.imshow(open_rgb(path).resize((64, 128)), alpha=alpha)
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=7, pad=3)
     ax.spines[:].set(color=colour, linewidth=linewidth)
@@ -70,7 +71,7 @@ def image_paths(
     above = []
     if folder is not None:
         above = [Path(folder).resolve(), *Path(folder).resolve().parents]
-    root = next((r for r in (Path(), *above) if len(paths) and (r / paths[0]).is_file()), Path())
+    root = next((r for r in (Path(), *above) if len(paths) and os.path.isfile(split_box(r / paths[0])[0])), Path())
     return [root / p for p in paths]
 
 # %% ../../nbs/core/03_pictures.ipynb #2c475b7b
@@ -82,8 +83,8 @@ def tile_size(
     shapes = []
     for path in paths[:: max(1, len(paths) // n)]:
         try:
-            with Image.open(path) as img:
-                shapes.append(img.height / img.width)
+            width, height = image_size(path)
+            shapes.append(height / width)
         except OSError:
             continue
     return (80, 80) if shapes and np.median(shapes) < 1.4 else (48, 96)
@@ -100,17 +101,16 @@ def thumbnail(
     "A small copy of an image"
     width, height = size
     try:
-        with Image.open(path) as img:
-            if not pad:
-                scale = min(width / img.width, height / img.height, 1)
-                width, height = (max(1, round(scale * side)) for side in img.size)
-            img.draft("RGB", (2 * width, 2 * height))  # a JPEG is decoded at a fraction of its size
-            rgb = img.convert("RGB")
-            if pad:
-                return ImageOps.pad(rgb, size, Image.Resampling.BILINEAR, _GREY)
-            return rgb.resize((width, height), Image.Resampling.BICUBIC)
-    except (OSError, ValueError, Image.DecompressionBombError):
+        if not pad:
+            full = image_size(path)
+            scale = min(width / full[0], height / full[1], 1)
+            width, height = (max(1, round(scale * side)) for side in full)
+        rgb = open_rgb(path, (2 * width, 2 * height))  # a JPEG is decoded at a fraction of its size
+    except (OSError, ValueError):
         return None
+    if pad:
+        return ImageOps.pad(rgb, size, Image.Resampling.BILINEAR, _GREY)
+    return rgb.resize((width, height), Image.Resampling.BICUBIC)
 
 # %% ../../nbs/core/03_pictures.ipynb #adb0fd5d
 def jpeg(

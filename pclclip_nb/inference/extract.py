@@ -25,38 +25,46 @@ from ..backbones.weights import backbone_options, fingerprint, read_checkpoint, 
 from ..batches.augmentation import Augment, backbone_device, image_norm, on_device
 from ..batches.loading import read_image
 from ..clip_backbone import extract_features
+from ..core.benchmarks import name_ids
 from ..core.compute import ahead
 from ..core.devices import autocast_dtype
-from ..core.files import digest, reading_threads, save_arrays, save_json, write_whole
+from ..core.files import digest, read_list, reading_threads, save_arrays, save_json, write_whole
+from ..core.images import split_box
+from ..core.own_images import as_table
 from ..data import check_images, read_csv, read_folder
 
 # %% ../../nbs/inference/00_extract.ipynb #06e87273
-def _listed_files(path, pattern):
+def _listed_files(path, pattern, ids):
     "A table or a list of the images that a folder, a list or an image file stands for"
     if path.is_dir():
-        return read_folder(path, pattern)
+        return read_folder(path, pattern, ids)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a folder, an image, or a list (.csv or .txt) of images")
-    if path.suffix.lower() == ".csv":
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv", ".txt") and (pattern or ids != "auto"):
+        raise ValueError(f"pattern and ids are for folders, and {path} is a list: leave them out, or add the columns")
+    if suffix in (".csv", ".tsv"):
         return read_csv(path)
-    if path.suffix.lower() != ".txt":
-        return [path]
-    return [path.parent / line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if suffix == ".txt":
+        return read_list(path)
+    named = name_ids([str(path)], [str(path.parent)], pattern) if pattern else {}
+    return pd.DataFrame({"path": [str(path)]}).assign(**named)
 
 # %% ../../nbs/inference/00_extract.ipynb #794d9a31
 def image_list(
     source: str | Path | list | pd.DataFrame,  # folder, image, .csv, .txt, list of images, or table with path
-    pattern: str | None = None,  # folder only, see `pclclip_nb.data.read_folder`
+    pattern: str | None = None,  # folder or image only, see `pclclip_nb.data.read_folder`
+    ids: str = "auto",  # folder only: identities from folder names, see there
 ) -> pd.DataFrame:  # path (absolute), pid, camid (-1 = unknown), split
     "One table of the images of a source, each file once. Raises FileNotFoundError or ValueError if there is none."
     if isinstance(source, str | Path):
-        source = _listed_files(Path(source).expanduser(), pattern)
+        source = _listed_files(Path(source).expanduser(), pattern, ids)
     table = source if isinstance(source, pd.DataFrame) else pd.DataFrame({"path": [str(p) for p in source]})
     if "path" not in table or table.empty:
         raise ValueError("no images are listed: give a folder, a list of files, or a table with a column path")
-    table = {"pid": -1, "camid": -1, "split": "gallery"} | {c: table[c].to_numpy() for c in table}
-    table["path"] = [os.path.abspath(p) for p in table["path"]]
-    return pd.DataFrame(table)[["path", "pid", "camid", "split"]].drop_duplicates("path", ignore_index=True)
+    listed = as_table(table if "split" in table else table.assign(split="gallery"))
+    listed = listed.assign(path=[os.path.abspath(p) for p in listed["path"]])
+    return listed[["path", "pid", "camid", "split"]].drop_duplicates("path", ignore_index=True)
 
 # %% ../../nbs/inference/00_extract.ipynb #bd4f8a77
 def open_weights(
@@ -284,7 +292,8 @@ def extract(
         raise ValueError(f"batch_size {batch_size}, chunk {chunk}: both must be at least 1")
     folder = Path(folder).expanduser()
     listed = image_list(images)
-    listed["bytes"] = [os.path.getsize(p) if os.path.exists(p) else -1 for p in listed.path]
+    files = [split_box(p)[0] for p in listed.path]
+    listed["bytes"] = [os.path.getsize(f) if os.path.exists(f) else -1 for f in files]
     settings = _gallery_settings(backbone, precision, chunk)
     if not (folder / "gallery.json").is_file() and not skip_bad:
         _check_readable(listed)

@@ -27,6 +27,7 @@ from ..batches.loading import Files, test_loader
 from ..clip_backbone import extract_features
 from ..core.arrays import check_features
 from ..core.files import digest, save_json, write_whole
+from ..core.images import split_box
 from ..core.pictures import image_strips, jpeg, thumbnail
 from .extract import Gallery, image_list, open_gallery, open_weights
 
@@ -113,8 +114,9 @@ def _same_file(query, path, cosine):
     "True for the query's own file and for a copy of it; `cosine` is their similarity"
     if os.path.realpath(query) == os.path.realpath(path):
         return True
+    (query, box), (path, other) = split_box(query), split_box(path)
     try:
-        return cosine > 0.999 and filecmp.cmp(query, path, shallow=False)
+        return cosine > 0.999 and box == other and filecmp.cmp(query, path, shallow=False)
     except OSError:
         return False
 

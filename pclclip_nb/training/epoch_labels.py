@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..clustering import jaccard_dbscan
 from ..core.devices import free_bytes
-from ..data import check_images
+from ..core.own_images import as_table
+from ..data import readable_images
 from ..labels.camera_refinement import discard_share, refine_by_camera
 from ..labels.graph_clustering import infomap_clusters, jaccard_linkage
 from ..labels.graph_correction import correct_labels
@@ -156,15 +157,8 @@ def training_images(
     skip_bad: bool = False,  # leave bad images out instead of raising
 ) -> pd.DataFrame:  # (N rows) the readable training images, index 0..N-1
     "The train split, checked image by image. Raises ValueError when it is empty or holds a bad image."
+    table = as_table(table)
     images = table[table.split == "train"].reset_index(drop=True)
     if images.empty:
         raise ValueError("the table has no row with split 'train': there is nothing to train on")
-    bad = check_images(images)
-    if bad.empty:
-        return images
-    if not skip_bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise ValueError(
-            f"bad image {bad.path.iloc[0]} ({bad.problem.iloc[0]}){more}: mend or remove it, or train without it (skip_bad)"
-        )
-    return images[~images.path.isin(bad.path)].reset_index(drop=True)
+    return readable_images(images, skip_bad)
