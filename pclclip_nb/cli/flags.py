@@ -29,6 +29,7 @@ from ..training.settings import GROUPS, TrainConfig
 from .errors import error_sentence
 from .errors import memory_advice
 from .errors import memory_sentence
+from ..data import source_line
 
 # %% ../../nbs/cli/00_flags.ipynb #8f7c13d9
 def from_package(
@@ -193,6 +194,8 @@ def add_data(
     add("--data-dir", default="data", metavar="DIR", help="folder that holds the data set; for csv the file")
     pattern = r"e.g. '(?P<pid>\d+)_c(?P<camid>\d+)'"
     add("--pattern", help=f"folder only: regular expression on file names with groups pid and camid, {pattern}")
+    folders = "folder only: whether the folders of the images are identities; auto where their names show it"
+    add("--ids", choices=("auto", "folder", "none"), default="auto", help=folders)
     add("--height", type=int, default=256, metavar="N", help="input height in pixels")
     add("--width", type=int, default=128, metavar="N", help="input width in pixels")
     add_device(group)
@@ -201,12 +204,15 @@ def add_data(
 def read_table(
     args: argparse.Namespace,  # of `add_data`
 ) -> pd.DataFrame:  # path, pid, camid, split
-    "The data set that the flags name. Raises ValueError for persons wider than high."
+    "The data set that the flags name. Raises ValueError for persons wider than high, and for flags of another kind."
     height, width = args.height, args.width
+    if args.dataset != "folder" and (args.pattern or args.ids != "auto"):
+        flag = f"--pattern {args.pattern}" if args.pattern else f"--ids {args.ids}"
+        raise ValueError(f"{flag} is for -d folder, and -d {args.dataset} tells its own identities: leave it out")
     if args.dataset == "csv":
         return read_csv(args.data_dir)
     if args.dataset == "folder":
-        return read_folder(args.data_dir, args.pattern)
+        return read_folder(args.data_dir, args.pattern, args.ids)
     if args.dataset != "veri" and width > height:
         wrong = f"height {height} and width {width}: persons are higher than wide"
         raise ValueError(f"{wrong}, so use --height {width} --width {height}")
@@ -290,8 +296,7 @@ def run_lines(
     backbone: Any,  # where it will train
     table: pd.DataFrame,  # data set
 ) -> str:  # two lines
-    "What a training prints first: network, device and precisions; images and cameras"
+    "What a training prints first: network, device and precisions; what was read, and what was not used"
     training = from_package("training.processes")
     line = training.run_line(backbone, cfg, weights_name(args), training.processes())
-    cameras = table.camid[table.split == "train"]
-    return f"{line}\n{len(cameras)} training images of {args.dataset}, {cameras.nunique()} cameras"
+    return f"{line}\n{source_line(table)}"

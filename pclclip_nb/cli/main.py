@@ -17,7 +17,7 @@ from .flags import Parser, add_backbone, add_data, add_settings, chosen_device, 
 from .flags import make_backbone, read_table, run_command, run_lines, settings
 from .published_words import add_published, add_recipe, parse
 from ..core.files import save_json
-from ..data import read_dataset
+from ..data import read_dataset, readable_images, source_line
 from ..experiments.recipes import Recipe, recipe_table
 from ..training.settings import TrainConfig, decoded_dir
 
@@ -53,6 +53,7 @@ def test_parser() -> Parser:  # its flags
     add("--resume", required=True, metavar="FILE", help=weights)
     add("-b", "--batch-size", type=int, default=256, metavar="N", help="images at a time")
     add("-j", "--workers", type=int, default=0, metavar="N", help="threads that read images, 0 = one per core")
+    add("--skip-bad", action="store_true", help="leave unreadable images out instead of stopping")
     add("--logs-dir", metavar="DIR", help="folder for scores.json, cmc.png and strips.png; without it none are written")
     add = parser.add_argument_group("Re-ranking").add_argument
     add("--rerank", action="store_true", help="score k-reciprocal re-ranking as well as the plain distances")
@@ -70,11 +71,13 @@ def run_test(
     testing = from_package("results.testing")
     create = from_package("backbones.create")
     table = read_table(args)
+    print(source_line(table))
     file = Path(args.resume)
     if not testing.has_test(table):
         raise ValueError(f"{args.data_dir} has no query and gallery: there is nothing to test on")
     if sentence := testing.unmatched_queries(table, args.dataset):
         print(sentence)
+    table = readable_images(table[table.split != "train"], args.skip_bad)
     if args.resume.endswith(".safetensors"):
         backbone = create.load_backbone(args.resume)
     else:
@@ -200,6 +203,7 @@ def train_and_test(
     source = read_dataset(args.source_dataset, args.source_dir or args.data_dir) if args.source_dataset else None
     backbone = make_backbone(args, recipe)
     print(run_lines(args, cfg, backbone, table))
+    table = readable_images(table if tested else table[table.split == "train"], cfg.skip_bad)
     if tested and (sentence := testing.unmatched_queries(table, args.dataset)):
         print(sentence)
     main = from_package("training.processes").processes().rank == 0

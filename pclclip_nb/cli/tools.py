@@ -16,6 +16,7 @@ import pandas as pd
 from .flags import OPTIONS, Parser, add_backbone, add_device, chosen_device, from_package
 from .flags import make_backbone, run_command, weights_name
 from ..core.files import write_whole
+from ..data import readable_images
 
 # %% ../../nbs/cli/04_tools.ipynb #8945219b
 def add_network(
@@ -60,13 +61,11 @@ def extract_parser() -> Parser:  # its flags
     add("images", help="folder, .csv with a column path, or .txt with a path in each line")
     add("--out", default="gallery", metavar="DIR", help="folder of the gallery")
     add("--pattern", help="folder only: regular expression on file names with groups pid and camid, see pclclip_train")
-    add(
-        "--skip-bad",
-        action="store_true",
-        help="leave unreadable images out, listed in skipped.csv, instead of refusing",
-    )
+    add("--ids", choices=("auto", "folder", "none"), default="auto", help="folder only: as of pclclip_train")
+    listed = "leave unreadable images out, listed in skipped.csv, instead of refusing"
+    add("--skip-bad", action="store_true", help=listed)
     add("-b", "--batch-size", type=int, default=64, metavar="N", help="images at a time")
-    add("-j", "--workers", type=int, default=4, metavar="N", help="threads that read images")
+    add("-j", "--workers", type=int, default=0, metavar="N", help="threads that read images, 0 = one per core")
     precision = "of the network: fp32 is exact; bf16, fp16 or auto (what the device is fast at) are faster and round"
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="fp32", help=precision)
     add("--chunk", type=int, default=1024, metavar="N", help="images in a part: what a kill can cost")
@@ -82,7 +81,7 @@ def extract_main(
 
     def work(args):
         package = from_package("inference.extract")
-        table = package.image_list(args.images, args.pattern)
+        table = package.image_list(args.images, args.pattern, args.ids)
         options = (args.skip_bad, args.batch_size, args.precision, args.workers, args.chunk)
         backbone = open_network(args, parser)
         start = Path(args.weights).name if args.weights else weights_name(args)
@@ -110,8 +109,10 @@ def search_parser() -> Parser:  # its flags
     add("--keep-same", action="store_true", help="keep the query's own file and copies of it, marked")
     add("--index", choices=("flat", "hnsw"), default="flat", help="exact, or approximate for millions")
     add("--pattern", help="queries in folders: as of pclclip_extract")
+    add("--ids", choices=("auto", "folder", "none"), default="auto", help="queries in folders: as of pclclip_extract")
     add("--out", default="found", metavar="OUT", help="writes OUT.csv and OUT.html")
-    add("-j", "--workers", type=int, default=4, metavar="N", help="threads that read images")
+    add("--skip-bad", action="store_true", help="leave unreadable queries out instead of refusing")
+    add("-j", "--workers", type=int, default=0, metavar="N", help="threads that read images, 0 = one per core")
     add_device(parser, "cpu")
     return parser
 
@@ -121,7 +122,8 @@ def run_search(
 ) -> None:
     "Rank the gallery for every query, and write the answers as CSV and as an HTML sheet"
     extract, search = from_package("inference.extract"), from_package("inference.search")
-    queries = pd.concat([extract.image_list(q, args.pattern) for q in args.queries], ignore_index=True)
+    queries = pd.concat([extract.image_list(q, args.pattern, args.ids) for q in args.queries], ignore_index=True)
+    queries = readable_images(queries, args.skip_bad)
     gallery = extract.open_gallery(args.gallery)
     backbone = extract.open_weights(gallery.folder / "weights.safetensors").to(chosen_device(args.device))
     options = (args.topk, args.threshold, args.keep_same, args.index, backbone, args.workers)
