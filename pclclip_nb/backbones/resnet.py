@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'RESNETS', 'gem', 'Pooling', 'keep_resolution', 'IBN', 'ResNetBackbone', 'resize_attention_pool',
-           'clip_resnet_features', 'ClipResNetBackbone']
+           'clip_resnet_features', 'ClipResNetBackbone', 'set_channels_last']
 
 # %% ../../nbs/backbones/00_resnet.ipynb #608e8062
 import torch
@@ -204,3 +204,12 @@ class ClipResNetBackbone(Backbone):
         check_size(images, self.size)
         mean, answer = clip_resnet_features(self.image_encoder, images)
         return torch.cat([mean, answer], 1), torch.cat([self.bottleneck(mean), self.bottleneck_proj(answer)], 1)
+
+# %% ../../nbs/backbones/00_resnet.ipynb #9c8d99e9
+def set_channels_last(
+    backbone: nn.Module,  # changed in place
+) -> nn.Module:  # the same backbone
+    "Lay out the convolutions of a network with the channels last, if it has more than a patch projection"
+    if sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 1:
+        backbone.to(memory_format=torch.channels_last)
+    return backbone
