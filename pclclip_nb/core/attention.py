@@ -11,7 +11,7 @@ import math
 import timm.models.vision_transformer as timm_vit
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,18 +37,37 @@ def attend(
         bias_kv = None if bias is None else bias[D:]
         q = F.linear(x[:, :n], weight[:D], bias_q).view(B, n, heads, -1).transpose(1, 2)
         k, v = F.linear(x, weight[D:], bias_kv).view(B, t, 2, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and torch.is_grad_enabled():
         y = (q @ k.transpose(-2, -1) / math.sqrt(D // heads)).softmax(-1) @ v
     else:
         y = F.scaled_dot_product_attention(q, k, v)
     return project(y.transpose(1, 2).reshape(B, -1, D))
+
+# %% ../../nbs/core/09_attention.ipynb #2b11c1a8
+_SLOPE = 1.702  # of QuickGELU's sigmoid
+
+
+def _run_mlp(
+    mlp,  # Linear, activation, Linear
+    x,  # (B, n, D) tokens
+):
+    "The MLP of a block, with QuickGELU folded into the layers around it"
+    fc, activation, proj = mlp
+    if type(activation) is not QuickGELU or type(fc) is not nn.Linear or type(proj) is not nn.Linear:
+        return mlp(x)
+    if torch.is_grad_enabled():
+        z = F.linear(x, _SLOPE * fc.weight, _SLOPE * fc.bias)
+        return F.linear(F.silu(z), proj.weight / _SLOPE, proj.bias)
+    z = torch.addmm(_SLOPE * fc.bias, x.flatten(0, 1), fc.weight.t(), alpha=_SLOPE)
+    y = torch.addmm(proj.bias, F.silu(z, inplace=True), proj.weight.t(), alpha=1 / _SLOPE)
+    return y.view(x.shape)
 
 # %% ../../nbs/core/09_attention.ipynb #8b2ee4dd
 def _run_block(block, x, n):
     "The first n tokens after a block; a block of another kind runs its own code"
     if isinstance(block, ResidualAttentionBlock) and isinstance(block.attn, nn.MultiheadAttention):
         x = x[:, :n] + block.ls_1(attend(block.attn, block.ln_1(x), n))
-        return x + block.ls_2(block.mlp(block.ln_2(x)))
+        return x + block.ls_2(_run_mlp(block.mlp, block.ln_2(x)))
     if type(block) is timm_vit.Block:
         x = x[:, :n] + block.drop_path1(block.ls1(attend(block.attn, block.norm1(x), n)))
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

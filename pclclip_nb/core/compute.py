@@ -122,7 +122,7 @@ def autocast_dtype(
     precision: str = "auto",  # "auto", "bf16", "fp16" or "fp32"
     device: Any = "cpu",  # where the backbone runs
 ) -> Any:  # dtype for autocast, None for plain float32
-    "The dtype of a precision; 'auto' is bf16 where the hardware multiplies it fast (CPU with AMX or AVX512-BF16, recent GPU), else float32"
+    "The dtype of a precision; 'auto' is bf16 where the hardware multiplies it (recent GPU, CPU with AMX or AVX512-BF16), else fp16 on a GPU and float32 on a CPU"
     import torch
 
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -130,7 +130,7 @@ def autocast_dtype(
         return types[precision]
     if precision != "auto":
         raise ValueError(f"precision {precision!r}: use 'auto', 'bf16', 'fp16' or 'fp32'")
-    cuda = torch.device(device).type == "cuda"
-    cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['images_digest', 'checkpoint_path', 'save_state', 'load_state', 'saved_checkpoints', 'open_run', 'StopRequest',
-           'exit_stopped', 'keep_rows', 'save_epoch', 'tensorboard_log', 'source_digest', 'save_run', 'restore_run',
-           'warn_full_disk', 'resume_run', 'save_step']
+           'exit_stopped', 'keep_rows', 'save_epoch', 'tensorboard_log', 'source_digest', 'save_run', 'match_layout',
+           'restore_run', 'warn_full_disk', 'resume_run', 'save_step']
 
 # %% ../../nbs/training/07_checkpoints.ipynb #0e3a9bad
 import copy
@@ -29,6 +29,7 @@ import torch
 
 from ..backbones.batch_norm import drop_source
 from ..backbones.weights import save_weights
+from ..core.compute import autocast_dtype
 from ..core.files import digest, save_arrays, save_json, write_whole
 from ..memory_loss import ClusterMemory
 from .losses import HybridMemory
@@ -256,7 +257,8 @@ def save_run(
 ) -> None:
     "Write the state that a run can resume from; all processes call it"
     state = {"format": 2, "history": run.history, "config": asdict(run.cfg), "images": images_digest(run.images)}
-    state |= {"source": source_digest(run)} | {name: part.state_dict() for name, part in run.parts().items()}
+    state |= {"source": source_digest(run), "precision": run.stepper.precision}
+    state |= {name: part.state_dict() for name, part in run.parts().items()}
     if run.frozen is not None:
         state["frozen"] = run.frozen
     if epoch is not None:
@@ -264,6 +266,23 @@ def save_run(
         epoch.rng = [list(states) for states in zip(*gathered, strict=True)]
         state["within"] = vars(epoch) | {"labels": torch.from_numpy(epoch.labels)}
     run.process.from_main(lambda: save_state(run.folder, state, run.cfg.keep_checkpoints))
+
+# %% ../../nbs/training/07_checkpoints.ipynb #d45607ee
+def _saved_precision(run, state):
+    "The precision that a run was made in"
+    if "precision" in state or run.cfg.precision != "auto":
+        return state.get("precision", run.cfg.precision)
+    return "bf16" if autocast_dtype("auto", run.device) is torch.bfloat16 else "fp32"
+
+# %% ../../nbs/training/07_checkpoints.ipynb #009525e8
+def match_layout(
+    optimizer: torch.optim.Optimizer,  # its state changes layout, not values
+) -> None:
+    "Lay out what an optimiser keeps of a weight as the weight itself"
+    for weight, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if torch.is_tensor(value) and value.shape == weight.shape and value.stride() != weight.stride():
+                kept[name] = torch.empty_like(weight).copy_(value)
 
 # %% ../../nbs/training/07_checkpoints.ipynb #27546700
 def restore_run(
@@ -282,9 +301,11 @@ def restore_run(
         n_sources = len(rows) - len(run.images)
         memory = HybridMemory(rows[n_sources:], rows[:n_sources], run.cfg.momentum, run.cfg.temp)
         run.memory = memory.to(run.device)
+    run.stepper.set_precision(_saved_precision(run, state))
     for name, part in run.parts().items():
         if name in state:  # a checkpoint of an older version has no scaler
             part.load_state_dict(state[name])
+    match_layout(run.stepper.optimizer)
     within = state.get("within")
     return EpochState(**within | {"labels": within["labels"].numpy()}) if within else None
 

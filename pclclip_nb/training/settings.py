@@ -211,7 +211,7 @@ def _free(default):
 class RunOptions(SettingsGroup):
     "Precision, memory and files"
 
-    precision: str = "auto"  # of training: bf16, fp16, fp32, or auto (bf16 where the hardware is fast at it)
+    precision: str = "auto"  # of steps: fp32 (exact), bf16 or fp16 (rounded, half the memory), auto = what is fast here
     feature_precision: str = "fp32"  # of the features that are clustered: as above
     compile: bool = _free(False)  # compile the network before training (torch.compile): a minute once, faster steps
     grad_checkpoint: bool = _free(False)  # ViTs: compute blocks again in the backward pass; less memory, slower steps
