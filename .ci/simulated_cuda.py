@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 import torch._dynamo  # it must see torch before `install` changes it
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("cuda", 0)
 BF16 = True  # whether the device multiplies bf16; may be set at any time
@@ -33,6 +32,10 @@ VALUE, SIZE, SYNCHRONIZE = "value read, waits", "size read, waits", "synchronize
 SIZE_READERS = "nonzero masked_select _unique2 unique_dim unique_consecutive bincount repeat_interleave _coalesce".split()
 FACTORIES = "zeros ones empty full eye arange linspace rand randn randint randperm tensor as_tensor sparse_coo_tensor".split()
 FACTORIES += "zeros_like ones_like empty_like full_like rand_like randn_like".split()
+CUDA_ONLY = {  # operations without a CPU kernel
+    torch.ops.aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
+    torch.ops.aten.bmm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
+}
 REAL: dict[str, Any] = {}  # what `install` replaced
 CARD = {"state": torch.Generator().manual_seed(0).get_state()}  # the device's own random state
 
@@ -120,6 +123,19 @@ def pin_memory(x: Tensor, device: Any = None) -> Tensor:
 # ---- Tensors
 
 
+def mapped(f: Callable, x: Any) -> Any:
+    "f of everything in nested lists, tuples and dictionaries"
+    if isinstance(x, list | tuple): return type(x)([mapped(f, y) for y in x])
+    return {name: mapped(f, y) for name, y in x.items()} if isinstance(x, dict) else f(x)
+
+
+def tensors_in(*nested: Any) -> list[Tensor]:
+    "All tensors in nested lists, tuples and dictionaries"
+    found = []
+    mapped(lambda x: found.append(x) if isinstance(x, Tensor) else None, nested)
+    return found
+
+
 def inner_of(x: Any) -> Any:
     "The CPU tensor of a device tensor; anything else as it is"
     return x.inner if isinstance(x, SimulatedTensor) else x
@@ -179,7 +195,7 @@ class SimulatedTensor(Tensor):
         check_devices(getattr(func, "__name__", str(func)), args, kwargs)
         device = kwargs.pop("device", None)
         if device is not None and torch.device(device).type != "cuda":  # such as zeros_like(x, device="cpu")
-            return func(*tree_map(inner_of, args), **tree_map(inner_of, kwargs), device=device)
+            return func(*mapped(inner_of, args), **mapped(inner_of, kwargs), device=device)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -188,24 +204,24 @@ class SimulatedTensor(Tensor):
         kwargs = {name: value for name, value in (kwargs or {}).items() if name not in ("device", "pin_memory")}
         if torch.Tag.inplace_view in func.tags: raise NotImplementedError(f"{func} changes a shape in place: not simulated")
         note_operation(func._schema.name.removeprefix("aten::"), args, kwargs)
-        given = {id(inner_of(x)): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        given = {id(inner_of(x)): x for x in tensors_in(args, kwargs)}
 
         def outer(x):
             if not isinstance(x, Tensor): return x
             return given[id(x)] if id(x) in given else SimulatedTensor(x)
 
         with card_random_state() if torch.Tag.nondeterministic_seeded in func.tags else nullcontext():
-            result = func(*tree_map(inner_of, args), **tree_map(inner_of, kwargs))
-        return tree_map(outer, result)
+            result = CUDA_ONLY.get(func, func)(*mapped(inner_of, args), **mapped(inner_of, kwargs))
+        return mapped(outer, result)
 
 
 def check_devices(name: str, args: tuple, kwargs: dict) -> None:
     "Raise a RuntimeError where CUDA refuses a mixture of host and device tensors"
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = tensors_in(args, kwargs)
     if name == "copy_" or not any(map(rows_on_host, tensors)): return
     if name in ("__getitem__", "__setitem__"):
         base, index, *value = args
-        indices = [x for x in tree_leaves(index) if isinstance(x, Tensor)]
+        indices = tensors_in(index)
         if rows_on_host(base) and any(isinstance(x, SimulatedTensor) for x in indices):
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu) (simulated)")
         one_device = not any(isinstance(x, Tensor) and x.dim() and rows_on_host(x) != rows_on_host(base) for x in value)

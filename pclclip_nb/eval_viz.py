@@ -153,8 +153,8 @@ def show_strips(
 ) -> Figure:  # one strip per query
     "Ranked strips: the query at the left, right answers framed green, wrong ones red"
     strips = []
-    queries = table.iloc[np.asarray(query_rows)].itertuples()
-    for query, ranked in zip(queries, np.asarray(ranked_rows), strict=True):
+    queries = table.iloc[to_numpy(query_rows)].itertuples()
+    for query, ranked in zip(queries, to_numpy(ranked_rows), strict=True):
         strip = [(query.path, f"pid {query.pid}", "#333333", 1.5)]
         for row, image in zip(ranked, table.iloc[ranked].itertuples(), strict=True):
             colour = "#2e9e5b" if image.pid == query.pid else "#d1394b"

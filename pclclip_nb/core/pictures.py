@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
+from .arrays import to_numpy
+
 # %% ../../nbs/core/03_pictures.ipynb #b0d8ded2
 def show_image(
     ax: Axes,  # one axis, drawn on
@@ -144,6 +146,7 @@ def thumbnail_sheets(
     progress: bool = False,  # show a bar
 ) -> tuple[np.ndarray, list[bytes]]:  # (N,) slot of each image, -1 = none; JPEG files of 512 slots each
     "Small copies of all images, in few files"
+    first = to_numpy(first)
     order = np.r_[first, np.setdiff1d(np.arange(len(paths)), first)].astype(int)
     slots = np.full(len(paths), -1, np.int32)
     sheets = []

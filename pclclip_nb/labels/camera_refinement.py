@@ -52,7 +52,7 @@ def drop_strangers(
     np.maximum.at(high, cell[nodes], local[nodes])
     differs = known & (high[cell] >= 0) & ((local != low[cell]) | (local != high[cell]))
     if keep is not None:
-        differs &= ~np.asarray(keep, bool)
+        differs &= ~to_numpy(keep).astype(bool)
     return relabel(np.where(differs, -1, labels))
 
 # %% ../../nbs/labels/02_camera_refinement.ipynb #498ff6d7
@@ -82,7 +82,7 @@ def information_nodes(
     if pick not in ("best", "last"):
         raise ValueError(f"pick = {pick!r} is unknown: use 'best' or 'last'")
     labels = _ids(labels, "labels", len(scores))
-    scores = np.asarray(scores)
+    scores = to_numpy(scores)
     nodes = np.full(labels.max(initial=-1) + 1, -1)
     rows = np.flatnonzero((labels >= 0) & (scores > scores.mean())) if len(scores) else nodes
     if pick == "best":

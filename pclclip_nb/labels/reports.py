@@ -229,7 +229,7 @@ def changed_clusters(
     after: ArrayLike,  # (N,) those of a later epoch
 ) -> pd.DataFrame:  # a row per changed cluster: cluster, images, joined, left; most changed first
     "Clusters of the later epoch that images joined or left"
-    before, after = np.asarray(before), np.asarray(after)
+    before, after = to_numpy(before), to_numpy(after)
     moved = before != after
     C = max(before.max(initial=-1), after.max(initial=-1)) + 1
     chosen = {"images": after, "joined": after[moved], "left": before[moved]}
@@ -242,6 +242,6 @@ def outlier_rows(
     labels: ArrayLike,  # (E, N) pseudo labels of the epochs up to the one of the table, -1 = outlier
 ) -> pd.DataFrame:  # a row per outlier of the last epoch: row, epochs (without a label, in a row); longest first
     "Images without a label, and for how many epochs"
-    out = np.asarray(labels)[::-1] < 0
+    out = to_numpy(labels)[::-1] < 0
     epochs = np.logical_and.accumulate(out).sum(0)
     return _worst_first(pd.DataFrame({"epochs": epochs}).rename_axis("row"), "epochs")

@@ -11,6 +11,7 @@ from fastcore.basics import patch
 from numpy.typing import ArrayLike
 
 from ..clustering import jaccard_dbscan, relabel
+from ..core.arrays import to_numpy
 
 # %% ../../nbs/labels/01_self_paced.ipynb #f5523616
 def _outliers_as_clusters(labels):
@@ -53,8 +54,8 @@ def keep_reliable(
     rows = np.flatnonzero(labels >= 0)
     own = labels[rows]
     size = np.bincount(own)
-    apart = 1 - np.asarray(independence)[rows]
-    loss = 1 - np.asarray(compactness)[rows]
+    apart = 1 - to_numpy(independence)[rows]
+    loss = 1 - to_numpy(compactness)[rows]
     cluster_apart = np.ones(len(size))
     cluster_loss = np.ones(len(size))
     np.minimum.at(cluster_apart, own, apart)
