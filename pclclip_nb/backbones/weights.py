@@ -98,7 +98,7 @@ def read_archive(
         raise ValueError(f"{path} holds a {type(module).__name__} where a TorchScript module belongs: fetch it again")
     return dict(_tensors(module))
 
-# %% ../../nbs/backbones/03_weights.ipynb #0c1fea9e
+# %% ../../nbs/backbones/03_weights.ipynb #dc0cb38a
 _IN_FOLDERS = ("best.safetensors", "last.safetensors", "model.safetensors", "open_clip_model.safetensors")
 _IN_FOLDERS += ("pytorch_model.bin", "open_clip_pytorch_model.bin")  # of a run, then of a hub, the best first
 
@@ -119,7 +119,7 @@ def weights_file(
         raise ValueError(f"weights {path}: no regular file but a pipe or a device; copy it to a file first")
     return path
 
-# %% ../../nbs/backbones/03_weights.ipynb #b656bd3c
+# %% ../../nbs/backbones/03_weights.ipynb #d314269a
 def file_format(
     path: Path,  # a regular file
 ) -> str:  # "safetensors", "TorchScript", "zip" or "pickle"
@@ -146,7 +146,7 @@ def file_format(
         )
     return "TorchScript" if any(p.filename.endswith("/constants.pkl") for p in parts) else "zip"
 
-# %% ../../nbs/backbones/03_weights.ipynb #7b687a73
+# %% ../../nbs/backbones/03_weights.ipynb #c760295c
 def _tensors_in(content, name=""):
     "Name and value of every tensor in nested dicts and lists"
     if isinstance(content, Tensor):
