@@ -22,14 +22,8 @@ from torch import Tensor, nn
 
 from .published import CLIP_KINDS, grid_of, read_weights, similar_networks
 from .resnet import ClipResNetBackbone, Pooling, RESNETS, ResNetBackbone
-from pclclip_nb.backbones.timm_files import (
-    ClipTimmBackbone,
-    clip_tower,
-    file_norm,
-    freeze_unused,
-    hub_config,
-    named_weights,
-)
+from .timm_files import ClipTimmBackbone, clip_tower, file_norm, freeze_unused, hub_config
+from .timm_files import named_weights
 from .vit import VITS, ViTBackbone, fit_pos_embed
 from .weights import backbone_options, read_checkpoint, weights_file
 from ..batches.augmentation import norm_constants
@@ -52,13 +46,18 @@ def _timm_trunk(name, size, pretrained):
     if tag and tag not in tags:
         raise ValueError(f"timm has no weights {tag!r} for {arch}: choose one of {', '.join(tags) or 'none'}")
     fixed = {"img_size": tuple(size)} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    cut = re.search(r"patch(\d+)", arch)
+    near = tuple(max(1, round(s / int(cut[1]))) * int(cut[1]) for s in size) if cut else "another size"
     try:
         trunk = timm.create_model(name, pretrained=bool(pretrained), num_classes=0, **fixed).eval()
+        grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
+        patches = getattr(getattr(trunk, "patch_embed", None), "patch_size", (1, 1))
         with torch.enable_grad():
-            return trunk, trunk.forward_features(torch.zeros(1, 3, *size))
+            out = trunk.forward_features(torch.zeros(1, 3, *size))
+        if grid and out.ndim == 3 and any(g * p < s for g, p, s in zip(grid, patches, size) if p > 1):
+            raise AssertionError(f"patches of {patches} leave out a border")
+        return trunk, out
     except (TypeError, AssertionError, RuntimeError) as e:
-        cut = re.search(r"patch(\d+)", arch)
-        near = tuple(max(1, round(s / int(cut[1]))) * int(cut[1]) for s in size) if cut else "another size"
         raise ValueError(f"timm's {arch} does not take images of {tuple(size)} (H, W): {e}. Try {near}") from e
 
 # %% ../../nbs/backbones/05_create.ipynb #b8d88529
@@ -183,7 +182,7 @@ class LoadReport:
         words += [f"new {', '.join(fresh)}"] if fresh else []
         return ", ".join([*words, *self.notes, *(f"{k} is a guess" for k in self.assumed)])
 
-# %% ../../nbs/backbones/05_create.ipynb #0d778dc9
+# %% ../../nbs/backbones/05_create.ipynb #f498d395
 def _fit_timm_positions(backbone, state, size):
     "The same for a trunk of timm; those of a file of timm have been resized by its filter"
     trunk = backbone.trunk if isinstance(backbone, TimmBackbone) else backbone.image_encoder.trunk
@@ -221,7 +220,7 @@ def _is_neck(key):
     "Whether a tensor belongs to the pool or a neck, by its name"
     return key.split(".")[0].startswith(("bottleneck", "feat_bn", "gap"))
 
-# %% ../../nbs/backbones/05_create.ipynb #cbba9311
+# %% ../../nbs/backbones/05_create.ipynb #36d808d3
 def _advice(name, weights):
     "What to do with weights that do not fit a network: build theirs, unless that is the one that was built"
     if weights.kind == "hugging-face" and "image_encoder.proj" not in weights.state:
@@ -260,7 +259,7 @@ def _fill(backbone, weights, mode="bilinear"):
     backbone.load_state_dict(own | fits)
     return LoadReport(weights.kind, backbone.name, len(fits), coverage, missing, wrong, weights.dropped, resized)
 
-# %% ../../nbs/backbones/05_create.ipynb #80559450
+# %% ../../nbs/backbones/05_create.ipynb #0bbc29a4
 def _from_content(name, content, size, options, path=None):
     "A named backbone with the weights of a file, and its report"
     meta = content.get("metadata")
@@ -280,7 +279,7 @@ def _from_content(name, content, size, options, path=None):
         backbone.report.notes = tuple(f"{k} {options[k]} in place of the file's {stored[k]}" for k in changed)
     return backbone
 
-# %% ../../nbs/backbones/05_create.ipynb #5abceb75
+# %% ../../nbs/backbones/05_create.ipynb #c6620602
 def _from_timm_content(name, content, size, options, path):
     "The same for a network of timm or a tower built on it; its report says where in the file the weights were"
     norm, where = options.get("norm"), ""

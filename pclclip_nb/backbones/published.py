@@ -43,12 +43,11 @@ def inner_states(
     todo = [("", content)]
     while todo:
         route, part = todo.pop(0)
-        if state := {k.replace("_orig_mod.", ""): v for k, v in part.items() if isinstance(v, Tensor)}:
+        named = {k: v for k, v in part.items() if isinstance(k, str)}
+        if state := {k.replace("_orig_mod.", ""): v for k, v in named.items() if isinstance(v, Tensor)}:
             found.append((route, state))
-        nested = [(f"{route} {k}".strip(), v) for k, v in part.items() if isinstance(v, dict) and isinstance(k, str)]
-        todo += [
-            (r, v) for r, v in nested if not _NO_NETWORK.match(r.split()[-1]) and all(isinstance(k, str) for k in v)
-        ]
+        inner = {k: v for k, v in named.items() if isinstance(v, dict) and not _NO_NETWORK.match(k)}
+        todo += [(f"{route} {k}".strip(), v) for k, v in inner.items()]
     if not found:
         some = ", ".join(map(str, list(content)[:5]))
         raise ValueError(f"no tensors under {some}: pass a state dict, or a dict around one")
@@ -98,9 +97,6 @@ _STEMS = {
     "stages.0.blocks.0.conv_dw.": "timm/convnext_tiny",
     "layers.0.blocks.0.attn.relative_position": "timm/swin_tiny_patch4_window7_224",
     "visual.trunk.": "ViT-B-16-SigLIP",
-    "stem.": "timm/convnext_tiny or timm/regnety_032",
-    "conv1.": "timm/resnet50d",
-    "vision_model.": "ViT-B-16-SigLIP",
 }
 
 
@@ -359,30 +355,26 @@ def float_state(
 def stored_build(
     metadata: dict[str, str],  # of a .safetensors file, with a name
     state: dict[str, Tensor],  # its tensors
-) -> tuple[
-    str, tuple[int, int], str, dict
-]:  # name, size, norm and options for `pclclip_nb.backbones.create.create_backbone`
+) -> tuple[str, tuple, str, dict]:  # name, (H, W) pixels, norm and options for `create_backbone`
     "What a file of ours says of its network. Raises ValueError for words that no network of ours has stored."
     where = f"this file names the network {metadata['name']!r}"
-    size = re.fullmatch(r"(\d{1,4})x(\d{1,4})", metadata.get("size", ""))
-    if not size or min(map(int, size.groups())) < 1 or max(map(int, size.groups())) > 4096:
-        raise ValueError(
-            f"{where} and the size {metadata.get('size')!r}: HxW of 1 to 4096 pixels is needed, save it again"
-        )
+    said = metadata.get("size", "")
+    size = tuple(map(int, said.split("x"))) if re.fullmatch(r"\d{1,4}x\d{1,4}", said) else (0, 0)
+    if min(size) < 1 or max(size) > 4096:
+        raise ValueError(f"{where} and the size {said!r}: HxW of 1 to 4096 pixels is needed, save it again")
     try:
         options = json.loads(metadata.get("options", "{}"))
     except json.JSONDecodeError:
         options = None
-    if not isinstance(options, dict) or not all(
-        isinstance(v, str | bool | int | float | None) for v in options.values()
-    ):
+    plain = str | bool | int | float | None
+    if not isinstance(options, dict) or not all(isinstance(v, plain) for v in options.values()):
         raise ValueError(f"{where} and options that are no dict of plain values: save it again")
     largest = max([len(state), *(n for v in state.values() for n in v.shape)])
     if big := [k for k, v in options.items() if isinstance(v, int | float) and v > largest]:
         raise ValueError(f"{where} and {big[0]} {options[big[0]]}, more than its tensors have room for: it is damaged")
     norm = metadata.get("norm", "imagenet")
     norm_constants(norm)
-    return metadata["name"], tuple(map(int, size.groups())), norm, options
+    return metadata["name"], size, norm, options
 
 # %% ../../nbs/backbones/04_published.ipynb #0704b44a
 def read_weights(

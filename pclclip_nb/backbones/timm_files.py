@@ -6,13 +6,14 @@
 __all__ = ['timm_filter', 'likely_prefixes', 'named_weights', 'file_norm', 'hub_config', 'clip_tower', 'tower_norm',
            'freeze_unused', 'ClipTimmBackbone']
 
-# %% ../../nbs/backbones/06_timm_files.ipynb #2bdcf1b6
+# %% ../../nbs/backbones/06_timm_files.ipynb #b01b4e0a
 import inspect
 import io
 import json
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -28,7 +29,8 @@ from .published import WeightFile, float_state, inner_states, route_rank, shared
 from ..batches.augmentation import norm_constants, norm_name
 from ..clip_backbone import Backbone, check_size
 
-# %% ../../nbs/backbones/06_timm_files.ipynb #fe571519
+# %% ../../nbs/backbones/06_timm_files.ipynb #0b7d870e
+@cache
 def timm_filter(
     arch: str,  # timm's name of a network, without a tag
 ) -> Callable[[dict, nn.Module], dict]:  # (state dict of a file, network) to a state dict with timm's names
@@ -46,7 +48,7 @@ def timm_filter(
         return lambda state, network: renamed(state)
     return renamed
 
-# %% ../../nbs/backbones/06_timm_files.ipynb #2e55d5c9
+# %% ../../nbs/backbones/06_timm_files.ipynb #70d5ae8e
 def likely_prefixes(
     state: dict[str, Tensor],  # name to tensor, of a file
     names: set[str],  # of a network
@@ -61,7 +63,31 @@ def likely_prefixes(
     common = [prefix for prefix, _ in seen.most_common(3)]
     return sorted(dict.fromkeys([*common, "", shared_prefix(state)]), key=lambda p: (route_rank(p), -seen[p]))
 
-# %% ../../nbs/backbones/06_timm_files.ipynb #5b29a9e0
+# %% ../../nbs/backbones/06_timm_files.ipynb #46ed6016
+def _filtered(rename, bare, trunk):
+    "The state dict as timm's filter names it; as it is where the filter, which expects a file of the network, fails"
+    try:
+        with redirect_stdout(io.StringIO()), torch.no_grad():
+            return {k: v for k, v in rename(dict(bare), trunk).items() if isinstance(v, Tensor)}
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError, AssertionError):
+        return bare
+
+
+def _readings(network, content, inner):
+    "Every way to read a file as a network: its weights, names outside the prefix, where they were, what stands before ours"
+    trunk = network.get_submodule(inner[:-1])
+    rename = timm_filter(trunk.pretrained_cfg["architecture"])
+    own = list(network.state_dict())
+    for route, state in inner_states(content):
+        for view in dict.fromkeys((inner, "image_encoder." if "image" in inner else "", "")):
+            names = {k.removeprefix(view) for k in own if k.startswith(view)}
+            for prefix in likely_prefixes(state, names):
+                bare = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                outside = [k for k in state if not k.startswith(prefix)]
+                for named in (bare, _filtered(rename, bare, trunk)) if view == inner else (bare,):
+                    yield {view + k: v for k, v in named.items()}, outside, f"{route} {prefix}".strip(), view
+
+# %% ../../nbs/backbones/06_timm_files.ipynb #011f5d8e
 _OTHER_PARTS = ("head", "fc.", "classifier", "pre_logits", "decoder", "mask_token", "mask_embed", "predict", "project")
 _OTHER_PARTS += (
     "prototype",
@@ -79,42 +105,30 @@ _OTHER_PARTS += (
 
 
 def named_weights(
-    network: nn.Module,  # TimmBackbone or ClipTimmBackbone, built for the size that is wanted
+    network: nn.Module,  # of timm or on timm, built for the size that is wanted, with its trunk in `trunk` or `image_encoder.trunk`
     content: dict,  # what `pclclip_nb.backbones.weights.read_checkpoint` returns
 ) -> tuple[WeightFile, str]:  # the weights under the network's names; where in the file they were
     "Read a file as weights of a given network: under the prefix and the names that cover most of it"
     own = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
     inner = "image_encoder.trunk." if hasattr(network, "image_encoder") else "trunk."
-    trunk = network.get_submodule(inner[:-1])
-    rename = timm_filter(trunk.pretrained_cfg["architecture"])
+    whole = sum(v.numel() for k, v in own.items() if k.startswith(inner.split(".")[0]))
     most = -1
-    for route, state in inner_states(content):
-        for view in dict.fromkeys((inner, "image_encoder." if "image" in inner else "", "")):
-            names = {k.removeprefix(view) for k in own if k.startswith(view)}
-            for prefix in likely_prefixes(state, names):
-                bare = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-                for named in (bare, _filtered(rename, bare, trunk)) if view == inner else (bare,):
-                    ours = {view + k: v for k, v in named.items()}
-                    covered = sum(v.numel() for k, v in own.items() if k in ours and ours[k].shape == v.shape)
-                    if covered > most:
-                        most = covered
-                        best = ours, [k for k in state if not k.startswith(prefix)], f"{route} {prefix}".strip(), view
+    for reading in _readings(network, content, inner):
+        covered = sum(v.numel() for k, v in own.items() if k in reading[0] and reading[0][k].shape == v.shape)
+        if covered > most:
+            most = covered
+            best = reading
+        if most >= whole:
+            break
     ours, outside, where, view = best
-    spare = [k for k in ours if k not in own and k.removeprefix(view).startswith(_OTHER_PARTS)]
+    heads = network.get_submodule(inner[:-1]).pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    spare = [k for k in ours if k not in own and k.removeprefix(view).startswith((*_OTHER_PARTS, *heads))]
     state = {k: v for k, v in ours.items() if k not in spare and not k.endswith(("position_index", "attn_mask"))}
     left_out = [k.removeprefix(view) for k in spare] + outside
     return WeightFile("timm", network.name, network.norm, None, {}, (), float_state(state), left_out), where
 
-
-def _filtered(rename, bare, trunk):
-    "The state dict as timm's filter names it; as it is where the filter, which expects a file of the network, fails"
-    try:
-        with redirect_stdout(io.StringIO()), torch.no_grad():
-            return {k: v for k, v in rename(dict(bare), trunk).items() if isinstance(v, Tensor)}
-    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError, AssertionError):
-        return bare
-
-# %% ../../nbs/backbones/06_timm_files.ipynb #d8dc0eb9
+# %% ../../nbs/backbones/06_timm_files.ipynb #43636ac4
 def file_norm(
     arch: str,  # timm's name of the network, with or without a tag
     path: Path | None = None,  # file of the weights
@@ -145,7 +159,7 @@ def hub_config(
         return {}
     return config if isinstance(config, dict) else {}
 
-# %% ../../nbs/backbones/06_timm_files.ipynb #238550f8
+# %% ../../nbs/backbones/06_timm_files.ipynb #52aeba10
 def clip_tower(
     name: str,  # a name of `open_clip.list_models`
 ) -> nn.Module:  # image tower with random weights
@@ -164,7 +178,7 @@ def tower_norm(
         *(cfg.get(k) or default for k, default in zip(("mean", "std"), norm_constants("clip"), strict=True))
     )
 
-# %% ../../nbs/backbones/06_timm_files.ipynb #59ebc6e8
+# %% ../../nbs/backbones/06_timm_files.ipynb #8c60a05c
 def freeze_unused(
     network: nn.Module,  # changed in place
     feature: Tensor,  # computed from all that the feature depends on, with gradients
@@ -174,7 +188,7 @@ def freeze_unused(
     for p, grad in zip(weights, torch.autograd.grad(feature.sum(), weights, allow_unused=True), strict=True):
         p.requires_grad_(grad is not None)
 
-# %% ../../nbs/backbones/06_timm_files.ipynb #8a32b777
+# %% ../../nbs/backbones/06_timm_files.ipynb #0f83acb6
 class ClipTimmBackbone(Backbone):
     "A CLIP image tower built on timm with a BatchNorm neck for each of its outputs: (B, 3, H, W) to (B, d) unit rows"
 
