@@ -8,6 +8,7 @@ __all__ = ['TimmBackbone', 'LoadReport', 'create_backbone', 'load_published', 'l
 # %% ../../nbs/backbones/05_create.ipynb #ef4a74bf
 import difflib
 import inspect
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,16 @@ import open_clip
 import timm
 import torch
 from fastcore.basics import patch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from .published import grid_of, read_weights
+from .published import CLIP_KINDS, grid_of, read_weights, similar_networks
 from .resnet import ClipResNetBackbone, Pooling, RESNETS, ResNetBackbone
+from .timm_files import ClipTimmBackbone, clip_tower, file_norm, freeze_unused, hub_config
+from .timm_files import named_weights
 from .vit import VITS, ViTBackbone, fit_pos_embed
-from .weights import backbone_options, load_weights
+from .weights import backbone_options, read_checkpoint, weights_file
+from ..batches.augmentation import norm_constants
 from ..clip_backbone import Backbone, ClipBackbone, check_size, clip_backbone, log_errors_only
 from ..clip_backbone import resize_pos_embed
 
@@ -41,12 +46,19 @@ def _timm_trunk(name, size, pretrained):
     if tag and tag not in tags:
         raise ValueError(f"timm has no weights {tag!r} for {arch}: choose one of {', '.join(tags) or 'none'}")
     fixed = {"img_size": tuple(size)} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    cut = re.search(r"patch(\d+)", arch)
+    near = tuple(max(1, round(s / int(cut[1]))) * int(cut[1]) for s in size) if cut else "another size"
     try:
         trunk = timm.create_model(name, pretrained=bool(pretrained), num_classes=0, **fixed).eval()
+        grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
+        patches = getattr(getattr(trunk, "patch_embed", None), "patch_size", (1, 1))
         with torch.enable_grad():
-            return trunk, trunk.forward_features(torch.zeros(1, 3, *size))
+            out = trunk.forward_features(torch.zeros(1, 3, *size))
+        if grid and out.ndim == 3 and any(g * p < s for g, p, s in zip(grid, patches, size) if p > 1):
+            raise AssertionError(f"patches of {patches} leave out a border")
+        return trunk, out
     except (TypeError, AssertionError, RuntimeError) as e:
-        raise ValueError(f"timm's {arch} does not take images of {tuple(size)} (H, W): {e}. Try another size") from e
+        raise ValueError(f"timm's {arch} does not take images of {tuple(size)} (H, W): {e}. Try {near}") from e
 
 # %% ../../nbs/backbones/05_create.ipynb #b8d88529
 class TimmBackbone(Backbone):
@@ -58,18 +70,19 @@ class TimmBackbone(Backbone):
         size: tuple[int, int] = (256, 128),  # (H, W) input pixels; not every model takes every size
         pooling: str = "gem",  # of maps: one of `pclclip_nb.backbones.resnet.POOLINGS`; tokens are pooled timm's way
         pretrained: bool | str | None = None,  # True or a tag such as "a1_in1k" downloads weights
-        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.batches.augmentation.NORMS`
+        norm: str
+        | None = None,  # see `pclclip_nb.batches.augmentation.norm_constants`; None = as timm's weights of that name
     ):
-        super().__init__(f"timm/{name.removeprefix('timm/')}", size, norm, pooling=pooling)
+        arch = name.removeprefix("timm/")
+        super().__init__(f"timm/{arch}", size, norm or "imagenet", pooling=pooling)
         self.trunk, out = _timm_trunk(name, size, pretrained)
+        self.norm = norm or file_norm(f"{arch}.{pretrained}" if isinstance(pretrained, str) else arch)[0]
         if not isinstance(out, Tensor) or out.ndim not in (3, 4):
             raise ValueError(f"timm's {name} gives neither a map nor tokens: choose another model")
         self.gap = Pooling(pooling) if out.ndim == 4 else None
         with torch.enable_grad():
             pooled = self.pool(out)
-            grads = torch.autograd.grad(pooled.sum(), list(self.trunk.parameters()), allow_unused=True)
-        for p, grad in zip(self.trunk.parameters(), grads):
-            p.requires_grad_(grad is not None)
+            freeze_unused(self.trunk, pooled)
         self.d = pooled.shape[1]
         self.bottleneck = nn.BatchNorm1d(self.d)
         self.bottleneck.bias.requires_grad_(False)
@@ -98,15 +111,15 @@ def pool(
 
 # %% ../../nbs/backbones/05_create.ipynb #634fa778
 def _class_of(name):
-    "The backbone class that a name belongs to"
-    config = open_clip.get_model_config(name)
+    "The backbone class that a name belongs to; only names of the libraries' lists, since a file may bring the name"
     if name in RESNETS or name in VITS:
         return ResNetBackbone if name in RESNETS else ViTBackbone
-    if config is not None:
-        if timm.is_model(name):
-            raise ValueError(f"{name} of open_clip has no class token to read: ask for timm's, timm/{name}")
-        return ClipResNetBackbone if isinstance(config["vision_cfg"].get("layers"), list) else ClipBackbone
-    if name.startswith("timm/") or timm.is_model(name.partition(".")[0]):
+    if name in open_clip.list_models():
+        tower = open_clip.get_model_config(name)["vision_cfg"]
+        if tower.get("timm_model_name"):
+            return ClipTimmBackbone
+        return ClipResNetBackbone if isinstance(tower.get("layers"), list) else ClipBackbone
+    if ":" not in name and timm.is_model(name.removeprefix("timm/").partition(".")[0]):
         return TimmBackbone
     names = [*RESNETS, *VITS, *open_clip.list_models(), *timm.list_models()]
     raise ValueError(f"no backbone is called {name!r}: did you mean {_closest(name, names)}?")
@@ -118,6 +131,7 @@ def _build(name, pretrained, size, options):
     takes = [p for p in inspect.signature(cls).parameters if p not in ("visual", "name", "size", "pretrained")]
     if wrong := [k for k in options if k not in takes]:
         raise ValueError(f"{name} has no option {', '.join(wrong)}: it takes {', '.join(takes)}")
+    norm_constants(options.get("norm") or "imagenet")
     if cls is ViTBackbone:
         if pretrained:
             raise ValueError(f"pretrained {pretrained!r}: {name} has no weights to download, pass its authors' file")
@@ -126,10 +140,13 @@ def _build(name, pretrained, size, options):
         return cls(name, size, pretrained=pretrained, **options)
     if pretrained and pretrained not in (tags := open_clip.list_pretrained_tags_by_model(name)):
         raise ValueError(f"pretrained {pretrained!r} is neither a file nor a tag of {name}: choose one of {tags}")
-    if cls is ClipBackbone:
+    elsewhere = open_clip.get_model_config(name)["text_cfg"].get("hf_model_name")  # of the text tower
+    if cls is ClipBackbone and not (elsewhere and not pretrained):
         return clip_backbone(name, pretrained, size, **options)
     with log_errors_only():
-        return ClipResNetBackbone(open_clip.create_model(name, pretrained=pretrained).visual, size, name, **options)
+        whole = pretrained or cls is ClipResNetBackbone
+        visual = open_clip.create_model(name, pretrained=pretrained).visual if whole else clip_tower(name)
+        return cls(visual, size, name, **options)
 
 # %% ../../nbs/backbones/05_create.ipynb #1cb682d2
 @dataclass
@@ -145,6 +162,8 @@ class LoadReport:
     dropped: list[str]  # heads, text towers and camera embeddings, never looked for
     resized: dict[str, tuple]  # position embeddings: (grid of the file, grid of the network)
     assumed: tuple[str, ...] = ()  # name or options the file does not tell; ask for others if they are wrong
+    source: str = ""  # name of the file
+    notes: tuple[str, ...] = ()  # where in the file the weights were, which of its options were replaced
 
     def __repr__(self):
         words = [f"{self.kind} → {self.name}: {self.n_loaded} tensors, {self.coverage:.1%} of the trunk"]
@@ -153,21 +172,46 @@ class LoadReport:
             tops = Counter(k.split(".")[0] for k in keys)
             words += [f"{what}: " + ", ".join(f"{k} ({n})" for k, n in tops.items())] if keys else []
         words += [f"assumed: {', '.join(self.assumed)}"] if self.assumed else []
-        return "\n    ".join(words)
+        return "\n    ".join([*words, *self.notes])
+
+    def line(self) -> str:  # file, coverage, what is resized, new, or a guess
+        "The report in one line"
+        words = [f"{self.source or self.kind} weights, {self.coverage:.0%} of the trunk"]
+        words += [f"positions {a}×{b} → {c}×{d}" for (a, b), (c, d) in self.resized.values()]
+        fresh = dict.fromkeys(k.split(".")[0] for k in self.missing)
+        words += [f"new {', '.join(fresh)}"] if fresh else []
+        return ", ".join([*words, *self.notes, *(f"{k} is a guess" for k in self.assumed)])
+
+# %% ../../nbs/backbones/05_create.ipynb #f498d395
+def _fit_timm_positions(backbone, state, size):
+    "The same for a trunk of timm; those of a file of timm have been resized by its filter"
+    trunk = backbone.trunk if isinstance(backbone, TimmBackbone) else backbone.image_encoder.trunk
+    key = next((k for k in state if k.endswith("trunk.pos_embed")), "")
+    table = getattr(trunk, "pos_embed", None)
+    if not key or table is None or state[key].shape == table.shape or state[key].ndim != 3:
+        return state, {}
+    new = tuple(trunk.patch_embed.grid_size)
+    prefix = table.shape[1] - new[0] * new[1]
+    cut = trunk.patch_embed.patch_size
+    old = (size[0] // cut[0], size[1] // cut[1]) if size else grid_of(state[key].shape[1] - prefix)
+    return state | {key: resample_abs_pos_embed(state[key], new, old, prefix)}, {key: (old, new)}
 
 # %% ../../nbs/backbones/05_create.ipynb #0109f1f0
-def _fit_positions(backbone, state, mode):
-    "State dict with position embeddings for the backbone's grid; which were resized, from what to what"
+def _fit_positions(backbone, state, mode, size=None):
+    "State dict with position embeddings for the backbone's grid; which were resized. `size` is what the file knows"
+    if isinstance(backbone, (TimmBackbone, ClipTimmBackbone)):
+        return _fit_timm_positions(backbone, state, size)
     if isinstance(backbone, ViTBackbone):
         rows = len(state["pos_embed"][0]) - ("part_token1" not in state) if "pos_embed" in state else 0
-        old = grid_of(rows) if rows else None
+        old = (size[0] // 16, size[1] // 16) if size else grid_of(rows) if rows else None
         return fit_pos_embed(state, backbone, old), {"pos_embed": (old, backbone.grid)} if old != backbone.grid else {}
     attention = "attnpool." if isinstance(backbone, ClipResNetBackbone) else ""
     key = f"image_encoder.{attention}positional_embedding"
     if key not in state or not isinstance(backbone, (ClipBackbone, ClipResNetBackbone)):
         return state, {}
     new = tuple(s // 16 for s in backbone.size) if attention else tuple(backbone.image_encoder.grid_size)
-    old = grid_of(len(state[key]) - 1)
+    cut = 16 if attention else backbone.image_encoder.patch_size[0]
+    old = (size[0] // cut, size[1] // cut) if size else grid_of(len(state[key]) - 1)
     state = state | {key: resize_pos_embed(state[key], new, old, mode)}
     return state, {key: (old, new)} if old != new else {}
 
@@ -176,11 +220,28 @@ def _is_neck(key):
     "Whether a tensor belongs to the pool or a neck, by its name"
     return key.split(".")[0].startswith(("bottleneck", "feat_bn", "gap"))
 
+# %% ../../nbs/backbones/05_create.ipynb #36d808d3
+def _advice(name, weights):
+    "What to do with weights that do not fit a network: build theirs, unless that is the one that was built"
+    if weights.kind == "hugging-face" and "image_encoder.proj" not in weights.state:
+        return "Save them with their projection: CLIPModel or CLIPVisionModelWithProjection"
+    if weights.name != name:
+        return f"Build the network they belong to, {weights.name}"
+    like = similar_networks(weights.state)
+    some = ", ".join(list(weights.state)[:3])
+    return (
+        f"Their names, {some}, are like those of {like}"
+        if like not in ("", name)
+        else "Name the network they were trained as"
+    )
+
 # %% ../../nbs/backbones/05_create.ipynb #babd8f4f
 def _fill(backbone, weights, mode="bilinear"):
     "Load a `WeightFile` into a backbone of its kind and report. Raises ValueError below full coverage of the trunk."
     own = backbone.state_dict()
-    state, resized = _fit_positions(backbone, weights.state, mode)
+    state, resized = _fit_positions(
+        backbone, weights.state, mode, weights.size if weights.kind == "pclclip_nb" else None
+    )
     wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
     necks = {k.split(".")[0] for k in wrong if _is_neck(k)}  # a neck is taken whole or not at all
     fits = {k: v for k, v in state.items() if k not in wrong and k.split(".")[0] not in necks}
@@ -192,10 +253,44 @@ def _fill(backbone, weights, mode="bilinear"):
     faults["unexpected"] = [k for k in wrong if k not in own and not _is_neck(k)]
     if any(faults.values()):
         words = "; ".join(f"{len(ks)} {what}, such as {', '.join(ks[:3])}" for what, ks in faults.items() if ks)
-        cover = f"{weights.kind} weights of a {weights.name} cover {coverage:.1%} of the trunk of {backbone.name}"
-        raise ValueError(f"{cover}: {words}. Build the network they belong to, {weights.name}")
+        other = f" of a {weights.name}" if weights.name != backbone.name else ""
+        cover = f"{weights.kind} weights{other} cover {coverage:.1%} of the trunk of {backbone.name}"
+        raise ValueError(f"{cover}: {words}. {_advice(backbone.name, weights)}")
     backbone.load_state_dict(own | fits)
     return LoadReport(weights.kind, backbone.name, len(fits), coverage, missing, wrong, weights.dropped, resized)
+
+# %% ../../nbs/backbones/05_create.ipynb #0bbc29a4
+def _from_content(name, content, size, options, path=None):
+    "A named backbone with the weights of a file, and its report"
+    meta = content.get("metadata")
+    ours = isinstance(meta, dict) and meta.get("name")
+    if not ours and _class_of(name) in (TimmBackbone, ClipTimmBackbone):
+        return _from_timm_content(name, content, size, options, path)
+    weights = read_weights(content)
+    if ours and weights.name.removeprefix("timm/") != name.removeprefix("timm/"):
+        raise ValueError(f"this file holds the network {weights.name}, not {name}: build {weights.name}")
+    norm = {} if weights.kind in CLIP_KINDS else {"norm": weights.norm}  # CLIP's own is not kept
+    stored = norm | (weights.options if ours else {})
+    backbone = _build(name, None, size, stored | options)
+    backbone.report = _fill(backbone, weights, options.get("mode", "bilinear"))
+    if ours:
+        backbone.options = {k: v for k, v in (backbone_options(backbone) | stored | options).items() if k != "norm"}
+        changed = [k for k, v in stored.items() if options.get(k, v) != v]
+        backbone.report.notes = tuple(f"{k} {options[k]} in place of the file's {stored[k]}" for k in changed)
+    return backbone
+
+# %% ../../nbs/backbones/05_create.ipynb #c6620602
+def _from_timm_content(name, content, size, options, path):
+    "The same for a network of timm or a tower built on it; its report says where in the file the weights were"
+    norm, where = options.get("norm"), ""
+    if not norm and _class_of(name) is TimmBackbone:
+        norm, where = file_norm(name.removeprefix("timm/"), path)
+    backbone = _build(name, None, size, options | ({"norm": norm} if norm else {}))
+    weights, route = named_weights(backbone, content)
+    backbone.report = _fill(backbone, weights)
+    notes = (f"found under {route}" if route else "", f"normalised as {where} says" if where else "")
+    backbone.report.notes = tuple(note for note in notes if note)
+    return backbone
 
 # %% ../../nbs/backbones/05_create.ipynb #7160ced9
 _SUFFIXES = (".pt", ".pth", ".tar", ".bin", ".safetensors", ".ckpt", ".pkl")
@@ -203,48 +298,56 @@ _SUFFIXES = (".pt", ".pth", ".tar", ".bin", ".safetensors", ".ckpt", ".pkl")
 
 def create_backbone(
     name: str = "ViT-B-16-quickgelu",  # our own, open_clip's or timm's; ValueError with the closest ones if unknown
-    pretrained: str | bool | Path | dict | None = None,  # None = random; a file or its content; a tag; True
+    pretrained: str
+    | bool
+    | Path
+    | dict
+    | None = None,  # None = random; a file, a folder of one, or its content; a tag; True
     size: tuple[int, int] = (256, 128),  # (H, W) input pixels
     **options,  # of the class: pooling, fusion, multi_neck, conv_stem, drop_path, norm, mode
 ) -> nn.Module:  # with .d, .size, .norm, .name, .options, and .report if a file was read
     "A backbone by name. Raises ValueError for what is unknown or does not fit, FileNotFoundError for a missing file."
-    path = Path(pretrained) if isinstance(pretrained, (str, Path)) else None
-    if isinstance(pretrained, dict) or path and (path.suffix in _SUFFIXES or path.is_file()):
+    path = Path(pretrained).expanduser() if isinstance(pretrained, (str, Path)) else None
+    if isinstance(pretrained, dict) or path and (path.suffix in _SUFFIXES or path.exists()):
         _class_of(name)  # an unknown name is an error before a long file is read
-        weights = read_weights(pretrained)
-        norm = {} if weights.kind in ("openai", "open_clip") else {"norm": weights.norm}  # CLIP's own is not kept
-        backbone = _build(name, None, size, norm | options)
-        report = _fill(backbone, weights, options.get("mode", "bilinear"))
+        path = weights_file(path) if path else None
+        backbone = _from_content(name, pretrained if path is None else read_checkpoint(path), size, options, path)
+        backbone.report.source = path.name if path else ""
     else:
         backbone = _build(name, pretrained, size, options)
-        report = None
+        backbone.report = None
     backbone.options = backbone_options(backbone) | {k: v for k, v in options.items() if k != "norm"}
-    backbone.report = report
     return backbone
 
 # %% ../../nbs/backbones/05_create.ipynb #5dd28226
 def load_published(
-    source: dict | str | Path,  # a published checkpoint: a file, or what one holds
+    source: dict | str | Path,  # a checkpoint of ours or a published one: a file, a folder of one, or what one holds
     size: tuple[int, int] | None = None,  # (H, W) input pixels; None = the file's, 256×128 if it does not tell
     name: str | None = None,  # network, if not the one the file seems to be of
     **options,  # over those read from the file: pooling, fusion, norm, mode, …
 ) -> tuple[nn.Module, LoadReport]:  # backbone in evaluation mode; what was loaded
     "The backbone a published checkpoint holds. Raises ValueError for an unknown file or one that does not cover its trunk."
-    weights = read_weights(source)
+    path = None if isinstance(source, dict) else weights_file(source)
+    if not name and path and timm.is_model(arch := str(hub_config(path).get("architecture"))):
+        name = f"timm/{arch}"
+    if name and _class_of(name) in (TimmBackbone, ClipTimmBackbone):
+        backbone = create_backbone(name, path or source, size or (256, 128), **options).eval()
+        return backbone, backbone.report
+    weights = read_weights(path or source)
     built_with = {"norm": weights.norm} | weights.options | options
     backbone = _build(name or weights.name, None, size or weights.size or (256, 128), built_with)
     report = _fill(backbone, weights, options.get("mode", "bilinear"))
+    if weights.kind == "pclclip_nb" and report.missing and not options:
+        raise ValueError(f"this file of a {weights.name} lacks {report.missing[0]}: it is damaged, save it again")
     report.assumed = tuple(k for k in weights.assumed if k not in options and not (k == "name" and name))
+    report.source = path.name if path else ""
     backbone.options = {k: v for k, v in (backbone_options(backbone) | built_with).items() if k != "norm"}
+    backbone.report = report
     return backbone.eval(), report
 
 # %% ../../nbs/backbones/05_create.ipynb #0dae2ad4
 def load_backbone(
-    path: str | Path,  # a file of `pclclip_nb.backbones.weights.save_weights`
-) -> nn.Module:  # in evaluation mode
-    "Build the backbone a file was saved from. Raises ValueError for a file that names no model, FileNotFoundError if there is none."
-    weights = read_weights(path)
-    if weights.kind != "pclclip_nb":
-        raise ValueError(f"{path} is a {weights.kind} file and names no model: open it with load_published")
-    backbone = create_backbone(weights.name, None, weights.size, norm=weights.norm, **weights.options)
-    return load_weights(backbone, weights.state).eval()
+    path: str | Path,  # a file of ours or a published one, or a folder of one: a run's best weights, else its last
+) -> nn.Module:  # in evaluation mode, with .report
+    "Build the backbone that a file holds. Raises ValueError for an unknown file, FileNotFoundError if there is none."
+    return load_published(path)[0]

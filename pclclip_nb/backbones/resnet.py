@@ -12,7 +12,7 @@ from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from torch import Tensor, nn
 from torchvision import models
 
-from ..batches.augmentation import NORMS
+from ..batches.augmentation import norm_constants
 from ..clip_backbone import Backbone, check_size, resize_pos_embed
 
 # %% ../../nbs/backbones/00_resnet.ipynb #10035a47
@@ -127,10 +127,10 @@ class ResNetBackbone(Backbone):
         size: tuple[int, int] = (256, 128),  # (H, W) input pixels
         pooling: str = "gem",  # one of `POOLINGS`
         pretrained: str | None = None,  # "imagenet" downloads torchvision's weights; None leaves them random
-        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.batches.augmentation.NORMS`
+        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.batches.augmentation.norm_constants`
     ):
         _check_choice("name", name, RESNETS)
-        _check_choice("norm", norm, NORMS)
+        norm_constants(norm)
         _check_choice("pretrained", pretrained, (None, "imagenet"))
         super().__init__(name, size, norm, pooling=pooling)
         net = _trunk(name, pretrained)
@@ -178,14 +178,14 @@ class ClipResNetBackbone(Backbone):
         visual: ModifiedResNet,  # open_clip image tower as built for a square, changed in place; ValueError for another kind
         size: tuple[int, int] = (256, 128),  # (H, W) input pixels, each a multiple of 16
         name: str = "",  # open_clip model name, stored with saved weights
-        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.batches.augmentation.NORMS`
+        norm: str = "imagenet",  # how its input images are normalised, see `pclclip_nb.batches.augmentation.norm_constants`
     ):
         if not isinstance(visual, ModifiedResNet):
             raise ValueError(f"{name or type(visual).__name__} is no CLIP ResNet: choose an open_clip one such as RN50")
         if any(s < 16 or s % 16 for s in size):
             near = tuple(max(16, round(s / 16) * 16) for s in size)
             raise ValueError(f"size {tuple(size)} (H, W) must be multiples of 16: try {near}")
-        _check_choice("norm", norm, NORMS)
+        norm_constants(norm)
         keep_resolution(visual.layer4)
         resize_attention_pool(visual.attnpool, (size[0] // 16, size[1] // 16))
         visual.image_size = tuple(size)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..backbones.weights import fingerprint
-from ..batches.augmentation import Augment, NORMS, image_norm
+from ..batches.augmentation import Augment, image_norm, norm_constants
 from ..clip_backbone import ClipBackbone, log_errors_only, unit
 from ..core.files import write_whole
 
@@ -35,7 +35,7 @@ class BytesIn(nn.Module):
     ):
         super().__init__()
         self.backbone = backbone
-        for name, values in zip(("mean", "std"), NORMS[image_norm(backbone)]):
+        for name, values in zip(("mean", "std"), norm_constants(image_norm(backbone))):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1))
 
     def forward(
@@ -119,7 +119,7 @@ def _program(model, example):
 # %% ../../nbs/inference/02_export.ipynb #3d5e77f8
 def _metadata(backbone, preprocess):
     "What a user of an ONNX file must know, as strings"
-    mean, std = NORMS[image_norm(backbone)]
+    mean, std = norm_constants(image_norm(backbone))
     takes = "(B, H, W, 3) uint8 RGB" if preprocess else "(B, 3, H, W) float32 RGB: (byte / 255 - mean) / std"
     facts = {"model": getattr(backbone, "name", ""), "size": list(backbone.size)}
     facts |= {"input": takes, "norm": image_norm(backbone)}
@@ -172,7 +172,7 @@ def _open_clip_state(backbone, text):
 def _open_clip_config(backbone):
     "Model and preprocessing, as in open_clip's own folders"
     model = open_clip.get_model_config(backbone.name)
-    mean, std = NORMS[backbone.norm]
+    mean, std = norm_constants(backbone.norm)
     model["vision_cfg"]["image_size"] = list(backbone.size)
     preprocess = {"mean": list(mean), "std": list(std), "interpolation": "bicubic", "resize_mode": "squash"}
     return {"model_cfg": model, "preprocess_cfg": preprocess}

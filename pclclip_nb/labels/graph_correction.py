@@ -61,6 +61,7 @@ def train_edges(
     "A network that learnt from the labels which links join one identity"
     net = EdgeNet(features.shape[1], seed=seed).to(device)
     dtype = autocast_dtype("auto", torch.device(device))
+    dtype = None if dtype is torch.float16 else dtype  # fp16 would need a scaled loss
     optimizer = torch.optim.Adam(net.parameters(), lr, weight_decay=1e-5, fused=True)
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1, (i + 1) / 20) * (1 + math.cos(math.pi * i / steps)) / 2

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..backbones.batch_norm import pool_bn, set_bn_chunks, set_domain_bn
+from ..backbones.resnet import set_channels_last
 from ..core.attention import set_grad_checkpoint
 from ..core.devices import seeded
 from ..core.files import write_whole
@@ -112,7 +113,7 @@ def prepare_network(
     cfg: TrainConfig,  # settings of the run
     process: Processes,  # the current process
 ) -> None:
-    "Set device, batch norm and recomputation. Raises ValueError when batch norm cannot be cut as asked."
+    "Set device, batch norm, recomputation and layout. Raises ValueError when batch norm cannot be cut as asked."
     if process.device is not None:
         backbone.to(process.device)
     parts = cfg.accumulate * process.n
@@ -126,6 +127,7 @@ def prepare_network(
     if cfg.domain_bn:
         set_domain_bn(backbone)
     set_grad_checkpoint(backbone, cfg.grad_checkpoint)
+    set_channels_last(backbone)
 
 # %% ../../nbs/training/05_run.ipynb #3d5166e4
 def identity_head(

@@ -94,7 +94,7 @@ class _Network(nn.Module):
     def forward(self, images):
         return self.backbone.embed(images) if self.has_head else self.backbone(images)
 
-# %% ../../nbs/training/04_steps.ipynb #29ff4d14
+# %% ../../nbs/training/04_steps.ipynb #6270c69c
 def _step_seconds(backbone, images, dtype):
     "Time of forward and backward, without a trace in the network"
     weights = [p for p in backbone.parameters() if p.requires_grad]
@@ -112,24 +112,24 @@ def _faster_in_bf16(backbone, device, seconds=0.1, margin=1.25, rounds=3):
     while fp32 < seconds and n < 64:
         n *= 2
         images = pixels.expand(n, -1).reshape(n, 3, *backbone.size)
-        bf16, fp32 = (_step_seconds(backbone, images, dtype) for dtype in (torch.bfloat16, None))
-    if bf16 > 4 * fp32 > 4 * seconds:  # hardware without bf16: no need to look again
-        return False
+        _step_seconds(backbone, images, torch.bfloat16)  # the first call of a size takes longer
+        fp32 = _step_seconds(backbone, images, None)
     taken = [[_step_seconds(backbone, images, dtype) for dtype in (None, torch.bfloat16)] for _ in range(rounds)]
     fp32, bf16 = np.min(taken, 0)
     return bool(fp32 > margin * bf16)
 
-# %% ../../nbs/training/04_steps.ipynb #4c9300be
+# %% ../../nbs/training/04_steps.ipynb #24bfacc4
 _chosen = WeakKeyDictionary()  # network: its precision
 
 
 def fastest_precision(
     backbone: nn.Module,  # (B, 3, H, W) to (B, d), with `size`; nothing in it changes
 ) -> str:  # "bf16", "fp16" or "fp32"
-    "The precision that trains a network fast: what a GPU multiplies, on other devices what takes less time"
+    "The precision that trains a network fast: what a GPU multiplies; on a CPU that multiplies bf16, what takes less time"
     device = backbone_device(backbone)
-    if device.type == "cuda":
-        return "bf16" if autocast_dtype("auto", device) is torch.bfloat16 else "fp16"
+    fast = autocast_dtype("auto", device)
+    if device.type == "cuda" or fast is None:
+        return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[fast]
     if backbone not in _chosen:
         modes = {module: module.training for module in backbone.modules()}
         try:
