@@ -12,7 +12,7 @@ import argparse
 import os
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from shutil import get_terminal_size
@@ -298,5 +298,7 @@ def run_lines(
 ) -> str:  # two lines
     "What a training prints first: network, device and precisions; what was read, and what was not used"
     training = from_package("training.processes")
-    line = training.run_line(backbone, cfg, weights_name(args), training.processes())
+    fastest = from_package("training.steps").fastest_precision
+    chosen = replace(cfg, precision=fastest(backbone)) if cfg.precision == "auto" else cfg
+    line = training.run_line(backbone, chosen, weights_name(args), training.processes())
     return f"{line}\n{source_line(table)}"

@@ -25,6 +25,7 @@ from ..core.devices import autocast_dtype
 from ..memory_loss import ClusterMemory
 from .losses import HybridMemory, IdentityHead
 from .processes import Processes, batch_parts
+from ..memory_loss import send_to
 
 # %% ../../nbs/training/04_steps.ipynb #842a4526
 class Losses:
@@ -204,7 +205,7 @@ def _batch_order(feats, positions):
     "Features of the parts, back in the order of the batch"
     if (positions == np.arange(len(positions))).all():
         return feats
-    return feats[torch.from_numpy(positions.argsort()).to(feats.device, non_blocking=True)]
+    return feats[send_to(torch.from_numpy(positions.argsort()), feats.device)]
 
 # %% ../../nbs/training/04_steps.ipynb #d1ca2485
 @patch
