@@ -12,6 +12,8 @@ from .data import check_protocol as check_protocol
 from .data import read_csv as read_csv
 from .data import read_dataset as read_dataset
 from .data import read_folder as read_folder
+from .data import readable_images as readable_images
+from .data import source_line as source_line
 from .data import summary as summary
 from .eval_viz import evaluate as evaluate
 from .eval_viz import plot_cmc as plot_cmc
