@@ -265,7 +265,7 @@ def fingerprint(
 # %% ../../nbs/backbones/03_weights.ipynb #684d8c74
 def network_line(
     backbone: nn.Module,  # with .size
-    weights: str = "",  # where its weights come from, such as openai; empty = not said
+    weights: str = "",  # where they come from, such as "openai weights"; empty = not said
     device: torch.device | str | None = None,  # where it will run; None = where it is
     compiled: bool = False,  # whether it runs through torch.compile
     **precision: str,  # of each kind of work, such as steps="auto", features="fp32"
@@ -275,7 +275,7 @@ def network_line(
     n = sum(p.numel() for p in backbone.parameters())
     name = getattr(backbone, "name", "") or type(backbone).__name__
     words = [f"{name} {backbone.size[0]}×{backbone.size[1]}", f"{n / 1e6:.1f} M parameters"]
-    words += [f"{weights} weights"] if weights else []
+    words += [weights] if weights else []
     words += [f"norm {image_norm(backbone)}"]
     work = [f"{kind} in {precision_name(p, device)}" for kind, p in precision.items()]
     work += ["compiled"] if compiled else []

@@ -106,7 +106,11 @@ def run_demo(
     others = table.pid[table.split == "query"].nunique()
     backbone = tiny_clip.tiny_backbone().to(chosen_device(args.device))
     precision = cfg.feature_precision
-    print(from_package("backbones.weights").network_line(backbone, "shipped", steps=cfg.precision, features=precision))
+    print(
+        from_package("backbones.weights").network_line(
+            backbone, "shipped weights", steps=cfg.precision, features=precision
+        )
+    )
     people = f"{images} images of {args.ids} persons in {table.camid.nunique()} cameras"
     print(f"{people}; {others} other persons to test on")
     colour = [histogram_features(testing.split_rows(table, name).path) for name in ("query", "gallery")]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OWN', 'OPTIONS', 'from_package', 'HelpFormatter', 'Parser', 'chosen_device', 'add_device', 'run_command',
            'radius_or_auto', 'add_settings', 'settings', 'add_data', 'read_table', 'add_backbone', 'network_name',
-           'make_backbone', 'weights_name', 'run_lines']
+           'start_weights', 'make_backbone', 'weights_text', 'run_lines']
 
 # %% ../../nbs/cli/00_flags.ipynb #17c57aa6
 import argparse
@@ -229,10 +229,12 @@ def add_backbone(
     add = parser.add_argument_group("Backbone").add_argument
     names = "open_clip, timm or own name, such as resnet50, resnet_ibn50a, pass_vit_small, pclclip-tiny"
     add("--model", "-a", "--arch", default="ViT-B-16-quickgelu", metavar="NAME", help=names)
-    start = "tag or weights file to start from; 'none' = random"
-    add("--pretrained", "-pp", "--pretrained-path", default="openai", metavar="NAME", help=start)
-    normal = "constants that images are normalised with; without it imagenet"
-    add("--norm", choices=("imagenet", "half", "clip"), help=normal)
+    start = (
+        "tag, weights file or run folder to start from; 'none' = random, 'auto' = what the network usually starts from"
+    )
+    add("--pretrained", "-pp", "--pretrained-path", default="auto", metavar="NAME", help=start)
+    normal = "how images are normalised: imagenet, half, clip, or 'm,m,m/s,s,s'; without it as the weights were trained"
+    add("--norm", metavar="NAME", help=normal)
     add("--self-norm", dest="norm", action="store_const", const="half", help="the same as --norm half")
     pooling = "of feature maps; without it gem"
     add("--pooling", "--pooling-type", choices=("gem", "avg", "max", "avg+max"), help=pooling)
@@ -251,11 +253,34 @@ def network_name(
     if args.model not in ("vit_small", "vit_base"):
         return args.model
     family = "pass"
-    if Path(str(args.pretrained)).is_file():
+    if Path(str(args.pretrained)).exists():
         published = from_package("backbones.published")
         state = published.flat_state(published.read_checkpoint(args.pretrained))
         family = published.kind_of(state).split("-")[0]
     return f"{'transreid' if family == 'transreid' else 'pass'}_{args.model}"
+
+# %% ../../nbs/cli/00_flags.ipynb #sw000002
+def start_weights(
+    name: str,  # of `network_name`
+    pretrained: str,  # of `--pretrained`
+) -> str | bool | Path | None:  # for `pclclip_nb.backbones.create.create_backbone`
+    "The weights to start from. Raises ValueError for auto where a network has none."
+    import open_clip
+
+    tiny_clip = from_package("synthetic.tiny_clip")
+    if name == tiny_clip.NAME and pretrained in ("auto", "openai"):
+        return tiny_clip.tiny_clip_weights()
+    if pretrained != "auto":
+        return None if pretrained == "none" else pretrained
+    if tags := open_clip.list_pretrained_tags_by_model(name):
+        return "openai" if "openai" in tags else tags[0]
+    if name in from_package("backbones.resnet").RESNETS and "ibn" not in name:
+        return "imagenet"
+    if name.startswith("timm/"):
+        return True
+    raise ValueError(
+        f"{name} has no weights to download: give a file as --pretrained, or --pretrained none for random ones"
+    )
 
 # %% ../../nbs/cli/00_flags.ipynb #262a3820
 def make_backbone(
@@ -263,14 +288,11 @@ def make_backbone(
     recipe: Recipe | None = None,  # a row that starts from another row's weights gets new necks
 ) -> Any:  # on the device asked for
     "The backbone that the flags name, with its weights. Raises ValueError if a recipe starts from a file."
-    pretrained = None if args.pretrained == "none" else args.pretrained
     if recipe and args.pretrained is None:
         start = recipe.weights or recipe.first
         raise ValueError(f"{recipe.name} starts from {start}: give that file as --pretrained, or 'none'")
     name = network_name(args)
-    tiny_clip = from_package("synthetic.tiny_clip")
-    if name == tiny_clip.NAME and pretrained:
-        pretrained = tiny_clip.tiny_clip_weights()
+    pretrained = start_weights(name, args.pretrained)
     options = {k: getattr(args, k) for k in OPTIONS if getattr(args, k, None) is not None}
     backbone = from_package("backbones.create").create_backbone(name, pretrained, (args.height, args.width), **options)
     if recipe and recipe.first:
@@ -278,16 +300,22 @@ def make_backbone(
     return backbone.to(chosen_device(args.device))
 
 # %% ../../nbs/cli/00_flags.ipynb #9ce22cc4
-def weights_name(
+def weights_text(
     args: argparse.Namespace,  # of `add_backbone`; of `pclclip_train` with resume and logs_dir as well
-) -> str:  # tag or file name; shipped for those of the package, random for none
+    backbone: Any,  # from `make_backbone`
+) -> str:  # "openai weights", "random weights"; of a file its name and how much of the network it covers
     "Where the weights of a network come from"
     if resume := getattr(args, "resume", False):
         state = Path(args.logs_dir) / "last.pt" if resume is True else Path(resume)
         if state.exists():
-            return state.name
-    start = "shipped" if args.model == from_package("synthetic.tiny_clip").NAME else Path(args.pretrained).name
-    return "random" if args.pretrained == "none" else start
+            return f"weights of {state.name}"
+    tiny_clip = from_package("synthetic.tiny_clip")
+    start = start_weights(network_name(args), args.pretrained)
+    if start == tiny_clip.tiny_clip_weights():
+        return "shipped weights"
+    if report := getattr(backbone, "report", None):
+        return report.line()
+    return {None: "random", True: "timm's"}.get(start, str(start)) + " weights"
 
 # %% ../../nbs/cli/00_flags.ipynb #a93a038b
 def run_lines(
@@ -300,5 +328,5 @@ def run_lines(
     training = from_package("training.processes")
     fastest = from_package("training.steps").fastest_precision
     chosen = replace(cfg, precision=fastest(backbone)) if cfg.precision == "auto" else cfg
-    line = training.run_line(backbone, chosen, weights_name(args), training.processes())
+    line = training.run_line(backbone, chosen, weights_text(args, backbone), training.processes())
     return f"{line}\n{source_line(table)}"

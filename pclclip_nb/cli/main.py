@@ -78,13 +78,9 @@ def run_test(
     if sentence := testing.unmatched_queries(table, args.dataset):
         print(sentence)
     table = readable_images(table[table.split != "train"], args.skip_bad)
-    if args.resume.endswith(".safetensors"):
-        backbone = create.load_backbone(args.resume)
-    else:
-        backbone, report = create.load_published(args.resume)
-        print(report)
+    backbone = create.load_backbone(args.resume)
     backbone.to(chosen_device(args.device))
-    print(from_package("backbones.weights").network_line(backbone, file.name, features="fp32"))
+    print(from_package("backbones.weights").network_line(backbone, backbone.report.line(), features="fp32"))
     qf, gf = testing.query_gallery_features(backbone, table, args.workers, progress=True, batch_size=args.batch_size)
     rankings = {file.stem: testing.rank_table(table, qf, gf)}
     print(f"{file.name}: {testing.ranking_text(rankings[file.stem])}")

@@ -14,9 +14,10 @@ from typing import Any
 import pandas as pd
 
 from .flags import OPTIONS, Parser, add_backbone, add_device, chosen_device, from_package
-from .flags import make_backbone, run_command, weights_name
+from .flags import make_backbone, run_command
 from ..core.files import write_whole
 from ..data import readable_images
+from .flags import weights_text
 
 # %% ../../nbs/cli/04_tools.ipynb #8945219b
 def add_network(
@@ -84,7 +85,7 @@ def extract_main(
         table = package.image_list(args.images, args.pattern, args.ids)
         options = (args.skip_bad, args.batch_size, args.precision, args.workers, args.chunk)
         backbone = open_network(args, parser)
-        start = Path(args.weights).name if args.weights else weights_name(args)
+        start = f"weights of {Path(args.weights).name}" if args.weights else weights_text(args, backbone)
         print(from_package("backbones.weights").network_line(backbone, start, features=args.precision))
         gallery = package.extract(backbone, table, args.out, *options, progress=True)
         n, d = gallery.features.shape
