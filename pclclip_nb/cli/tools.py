@@ -39,7 +39,7 @@ def open_network(
     args: argparse.Namespace,  # of `add_network`
     parser: argparse.ArgumentParser,  # which knows the defaults
 ) -> Any:  # in evaluation mode, on the device asked for
-    "The network that the flags name; prints what a published file held. Raises ValueError for flags that contradict."
+    "The network that the flags name. Raises ValueError for flags that contradict."
     if (args.height is None) != (args.width is None):
         raise ValueError(f"height {args.height} and width {args.width}: give both or neither")
     if args.weights is None:
@@ -50,8 +50,6 @@ def open_network(
     options = {k: getattr(args, k) for k in OPTIONS if getattr(args, k) is not None}
     size = (args.height, args.width) if args.height else None
     backbone = from_package("inference.extract").open_weights(args.weights, size, **options)
-    if report := getattr(backbone, "report", None):
-        print(report)
     return backbone.to(chosen_device(args.device))
 
 # %% ../../nbs/cli/04_tools.ipynb #eaa59bf5
@@ -85,7 +83,7 @@ def extract_main(
         table = package.image_list(args.images, args.pattern, args.ids)
         options = (args.skip_bad, args.batch_size, args.precision, args.workers, args.chunk)
         backbone = open_network(args, parser)
-        start = f"weights of {Path(args.weights).name}" if args.weights else weights_text(args, backbone)
+        start = backbone.report.line() if args.weights else weights_text(args, backbone)
         print(from_package("backbones.weights").network_line(backbone, start, features=args.precision))
         gallery = package.extract(backbone, table, args.out, *options, progress=True)
         n, d = gallery.features.shape
