@@ -282,7 +282,7 @@ def extract(
     folder: str | Path,  # where the gallery goes, made if needed
     skip_bad: bool = False,  # leave unreadable images out instead of refusing before the work
     batch_size: int = 64,  # images at a time; another one changes the last digits
-    precision: str = "fp32",  # see `pclclip_nb.core.compute.autocast_dtype`
+    precision: str = "fp32",  # see `pclclip_nb.core.devices.autocast_dtype`
     workers: int = 0,  # threads that read images; 0 = one per core
     chunk: int = 1024,  # c, images in a part: what a kill can cost
     progress: bool = False,  # show a bar

@@ -55,7 +55,7 @@ def query_gallery_features(
     backbone: nn.Module,  # (B, 3, H, W) to (B, d) unit rows, with .size
     table: pd.DataFrame,  # data set with `query` and `gallery`
     workers: int = 0,  # threads that read images; 0 = one per core
-    precision: str = "fp32",  # see `pclclip_nb.core.compute.autocast_dtype`
+    precision: str = "fp32",  # see `pclclip_nb.core.devices.autocast_dtype`
     progress: bool = False,  # show a bar
     batch_size: int = 256,  # images at a time
     cache_dir: str | Path | None = None,  # folder that keeps the decoded images; None = they are decoded in each call
@@ -94,7 +94,7 @@ def score_backbone(
     backbone: nn.Module,  # (B, 3, H, W) to (B, d) unit rows, with .size
     table: pd.DataFrame,  # data set with `query` and `gallery`
     workers: int = 0,  # threads that read images; 0 = one per core
-    precision: str = "fp32",  # see `pclclip_nb.core.compute.autocast_dtype`
+    precision: str = "fp32",  # see `pclclip_nb.core.devices.autocast_dtype`
     progress: bool = False,  # show a bar
     batch_size: int = 256,  # images at a time
     cache_dir: str | Path | None = None,  # folder that keeps the decoded images; None = they are decoded in each call
