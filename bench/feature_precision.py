@@ -113,7 +113,9 @@ def main():
     if args.folder:
         table = read_folder(args.folder, pattern=args.pattern)
     else:
-        table = make_synthetic_reid(WORK / f"data{n}", n_train=n // 17, n_test=1, per_id=17, n_distractors=0, progress=False)
+        table = make_synthetic_reid(
+            WORK / f"data{n}", n_train=n // 17, n_test=1, per_id=17, n_distractors=0, progress=False
+        )
         table = table[table.split == "train"]
     table = table.iloc[:: max(1, len(table) // n)].reset_index(drop=True)
     what = dict(model=args.model, images=len(table), data="photographs" if args.folder else "drawn people")

@@ -3,6 +3,8 @@
 python bench/train_step.py                   tiny CLIP, 128x64, 64 images, on the CPU
 python bench/train_step.py --quick           a smoke test: fewer rounds, nothing compiled, nothing stored
 python bench/train_step.py --device cuda     ViT-B-16-quickgelu (random weights), 256x128, 256 images
+python bench/train_step.py --features --model ViT-B-16-quickgelu --size 256 128
+                                             features in float32 instead of steps: open_clip's own forward pass against ours
 
 Images are random numbers that lie on the device already; one network is shared by all of ours. The published step reads the loss,
 moves the memory one sample at a time inside backward, and its SGD has a group for every tensor and a loop over them; it
@@ -151,6 +153,16 @@ def measured_steps(args):
     return rows, rates, flop
 
 
+def measured_features(args):
+    "A row for open_clip's image tower and one for our backbone around the same tower, both without gradient"
+    net, (images, _) = network(args).eval(), batch_of(args)
+    passes = {"features, open_clip": net.image_encoder, "features, ours": net}
+    with torch.no_grad():
+        taken, _ = take_turns({name: lambda f=f: f(images) for name, f in passes.items()}, args)
+    slow = taken["features, open_clip"]
+    return [dict(variant=v, ms=1000 * s, images_per_s=args.batch / s, ratio=slow / s) for v, s in taken.items()]
+
+
 def measured_parts(args):
     "Seconds of what is not the network, the published way and ours"
     net, (_, labels) = network(args), batch_of(args)
@@ -219,6 +231,7 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=9, help="turns of each variant")
     parser.add_argument("--variants", nargs="+", help="such as 'bf16 fused compiled'")
+    parser.add_argument("--features", action="store_true", help="features in float32 instead of steps")
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing compiled, nothing stored")
     args = parser.parse_args()
     for name, value in (DEFAULTS[args.device] | dict(variants=VARIANTS[args.device])).items():
@@ -228,11 +241,15 @@ def main():
         args.rounds, args.variants = 2, [v for v in args.variants if "compiled" not in v]
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    what = {k: getattr(args, k) for k in KEY}
+    if args.features:
+        rows = measured_features(args)
+        print(*what.values(), pd.DataFrame(rows).round(2).to_string(index=False), sep="\n")
+        return None if args.quick else store("train_step", (*KEY, "variant"), [what | r for r in rows])
     rows, rates, flop = measured_steps(args)
     parts, loader = measured_parts(args), measured_loader(args)
     show(args, rows, rates, flop, parts, loader)
     if not args.quick:
-        what = {k: getattr(args, k) for k in KEY}
         more = {
             "parts_ms": {k: 1000 * s for k, s in parts.items()},
             "loader_images_per_s": loader,
