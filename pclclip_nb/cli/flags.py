@@ -205,7 +205,7 @@ def read_table(
     args: argparse.Namespace,  # of `add_data`
 ) -> pd.DataFrame:  # path, pid, camid, split
     "The data set that the flags name. Raises ValueError for persons wider than high, and for flags of another kind."
-    height, width = args.height, args.width
+    height, width = args.height or 256, args.width or 128
     if args.dataset != "folder" and (args.pattern or args.ids != "auto"):
         flag = f"--pattern {args.pattern}" if args.pattern else f"--ids {args.ids}"
         raise ValueError(f"{flag} is for -d folder, and -d {args.dataset} tells its own identities: leave it out")

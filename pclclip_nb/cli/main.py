@@ -48,6 +48,7 @@ def test_parser() -> Parser:  # its flags
     "Flags of `pclclip_test`"
     parser = Parser("pclclip_test", "mAP and CMC of trained weights")
     add_data(parser)
+    parser.set_defaults(height=None, width=None)  # those of the weights
     add = parser.add_argument_group("Test").add_argument
     weights = "weights: best.safetensors of a run, or a published checkpoint"
     add("--resume", required=True, metavar="FILE", help=weights)
@@ -69,7 +70,8 @@ def run_test(
 ) -> None:
     "Score weights and print a line for each ranking. Raises ValueError for a data set without query and gallery."
     testing = from_package("results.testing")
-    create = from_package("backbones.create")
+    if (args.height is None) != (args.width is None):
+        raise ValueError(f"height {args.height} and width {args.width}: give both or neither")
     table = read_table(args)
     print(source_line(table))
     file = Path(args.resume)
@@ -78,7 +80,8 @@ def run_test(
     if sentence := testing.unmatched_queries(table, args.dataset):
         print(sentence)
     table = readable_images(table[table.split != "train"], args.skip_bad)
-    backbone = create.load_backbone(args.resume)
+    size = (args.height, args.width) if args.height else None
+    backbone = from_package("inference.extract").open_weights(args.resume, size)
     backbone.to(chosen_device(args.device))
     print(from_package("backbones.weights").network_line(backbone, backbone.report.line(), features="fp32"))
     qf, gf = testing.query_gallery_features(backbone, table, args.workers, progress=True, batch_size=args.batch_size)
