@@ -9,6 +9,7 @@ __all__ = ['run_images', 'decode_images', 'gather_batches', 'run_features', 'epo
 
 # %% ../../nbs/training/06_epoch_inputs.ipynb #8dd78935
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from ..clip_backbone import extract_features
 from ..labels.camera_refinement import camera_entropy_weights
 from ..labels.health import cluster_report
 from ..memory_loss import ClusterMemory, cluster_centroids
-from .epoch_labels import pseudo_labels, search_features, settings_refiners
-from .epoch_labels import true_labels, with_radius
+from .epoch_labels import label_features, pseudo_labels, search_features
+from .epoch_labels import settings_refiners, true_labels, with_radius
 from .losses import HybridMemory
 from .processes import Processes
 from .run import EpochState, Run
@@ -104,9 +105,10 @@ def cluster_images(
     camids = run.images.camid.to_numpy()
     if run.cfg.clusterer == "pids" and run.clusterer is None:
         return true_labels(run.images.pid.to_numpy()), {}
-    features = search_features(features, run.device, run.clusterer, run.refiners)
+    features = search_features(label_features(features, camids, run.cfg), run.device, run.clusterer, run.refiners)
+    plain = replace(run.cfg, camera_norm=False)
     by_radius = run.cfg.clusterer == "dbscan" and run.clusterer is None
-    cfg = with_radius(run.cfg, features, camids) if by_radius else run.cfg
+    cfg = with_radius(plain, features, camids) if by_radius else plain
     glc = dict(device=run.device, progress=progress)
     due = settings_refiners(cfg, number, run.camera_clusters, **glc) if run.refiners is None else run.refiners
     labels = pseudo_labels(features, camids, cfg, run.clusterer, due)

@@ -49,6 +49,7 @@ class Labels(SettingsGroup):
     min_sim: float = 0.5  # infomap: least cosine similarity of a link
     min_size: int = 4  # infomap: clusters of up to so many images are outliers
     n_clusters: int = 1200  # average: how many clusters to stop at
+    camera_norm: bool = False  # standardize features within each camera before they are clustered
 
     def rules(self) -> list[tuple[str, bool, str]]:  # field, whether its value is right, what would be right
         "The rules of clustering"
@@ -262,6 +263,7 @@ class TrainConfig(RunOptions, Optim, Memory, Batches, Schedule, Refinement, Labe
         parts = self.accumulate
         corrected = "glc" not in self.refiners or self.glc_start <= self.epochs
         return [rule for group in GROUPS for rule in group.rules(self)] + [
+            ("camera_norm", not (true_ids and self.camera_norm), "off with true pids: nothing is clustered"),
             ("clusterer", true_ids or not supervised,
              "'pids' when id_loss or triplet is above 0: these losses need true identities"),
             ("memory", self.memory != "hybrid" or not true_ids,
