@@ -53,13 +53,14 @@ def demo_parser() -> Parser:  # its flags
 
 # %% ../../nbs/cli/03_demo.ipynb #1e7d7d47
 def demo_report(
-    history: pd.DataFrame,  # of the run: a row per epoch
+    history: pd.DataFrame,  # of the run: a row per epoch, the start's without clusters
     rankings: dict,  # name -> `pclclip_nb.eval_viz.Ranking`
     n_ids: int,  # identities of the training images
     figures: Path,  # folder of the figures
 ) -> str:  # lines
     "What the demo reports"
-    first, last = history.iloc[0], history.iloc[-1]
+    trained = history.dropna(subset="clusters")
+    first, last = trained.iloc[0], trained.iloc[-1]
     lines = [f"{'':18s}{'mAP':>8s}{'R1':>8s}"]
     lines += [f"{name:18s}{100 * r.mAP:8.1f}{100 * r.cmc[0]:8.1f}" for name, r in rankings.items()]
     clusters = f"{int(first.clusters)} -> {int(last.clusters)} for {n_ids} identities"
@@ -117,8 +118,9 @@ def run_demo(
     rankings = {"colour histogram": testing.rank_table(table, *colour)}
     images = dict(batch_size=cfg.batch_size, cache_dir=decoded_dir(cfg, run_dir), cache=cfg.cache)
     rankings["before"] = testing.score_backbone(backbone, table, cfg.workers, precision, **images)
-    report = epoch_report(table, 1, cfg, run_dir=run_dir)
-    history = from_package("train").train(backbone, table, run_dir, cfg, on_epoch=report, resume=True)
+    report = dict(on_epoch=epoch_report(table, 1, cfg, run_dir=run_dir))
+    report["on_start"] = lambda start: testing.headline_scores(rankings["before"])
+    history = from_package("train").train(backbone, table, run_dir, cfg, **report, resume=True)
     qf, gf = testing.query_gallery_features(backbone, table, cfg.workers, precision, **images)
     rankings["after"] = testing.rank_table(table, qf, gf)
     testing.write_test_files(run_dir / "figures", table, qf, gf, rankings, "after")

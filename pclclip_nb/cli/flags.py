@@ -160,6 +160,9 @@ def add_settings(
             metavar = _METAVAR.get(type(f.default))
             if f.name == "use_cams":
                 add("--no-cam", dest=f.name, action="store_false", help=f"do not {text}")
+            elif f.name == "best":
+                text = "what picks best.safetensors: the test, no labels at all, or nothing; without it mAP if there is a test, else auto"
+                add(flag, choices=("mAP", "auto", "last"), default="", help=text)
             elif kind is bool:
                 add(flag, action="store_true", help=text)
             elif kind is tuple:
@@ -174,6 +177,7 @@ def settings(
 ) -> TrainConfig:  # checked; ValueError names a field out of range
     "The settings that parsed flags ask for"
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
+    values["best"] = values["best"] or TrainConfig.best
     values |= {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
     return TrainConfig(**values | {"camera_labels": "" if args.camera_labels == "none" else args.camera_labels})
 

@@ -63,12 +63,13 @@ def _within_bounds(name, value, published):
 
 # %% ../../nbs/experiments/01_tracking.ipynb #d8c63b98
 def _percent_history(run):
-    "History of a run folder, or the table itself; scores in percent"
+    "History of the trained epochs of a run folder, or of a table; scores in percent"
     if not isinstance(run, pd.DataFrame):
         file = Path(run) / "history.csv"
         if not file.is_file():
             raise FileNotFoundError(f"{run} has no history.csv: give the folder of a run that has finished an epoch")
         run = pd.read_csv(file)
+    run = run[run.epoch > 0]  # no log begins with the start
     return run.assign(mAP=100 * run["mAP"].astype(float)) if "mAP" in run else run
 
 # %% ../../nbs/experiments/01_tracking.ipynb #ac39bff1

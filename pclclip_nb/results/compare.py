@@ -118,17 +118,18 @@ RESULTS = ["done", "of", *_LAST, *_BEST, "s epoch", *_STAGES]  # columns that ar
 
 def _run_results(h, epochs):
     "Results of a history by name, without those that it does not hold"
-    found = {"done": len(h), "of": epochs}
-    found |= {name: h[c].iloc[-1] for name, c in _LAST.items() if c in h and len(h)}
+    trained = h[h.epoch > 0]
+    found = {"done": len(trained), "of": epochs}
+    found |= {name: trained[c].iloc[-1] for name, c in _LAST.items() if c in h and len(trained)}
     tested = h[h.mAP.notna()] if "mAP" in h else h[:0]
     if len(tested):
         best, last = tested.loc[tested.mAP.idxmax()], tested.iloc[-1]
         found |= {"best epoch": best.epoch, "best mAP": best.mAP, "last mAP": last.mAP}
         found |= {"best R1": best.R1, "last R1": last.R1} if "R1" in h else {}
-    seconds = h[[c for c in _STAGES.values() if c in h]]
-    if len(h) and len(seconds.columns):
+    seconds = trained[[c for c in _STAGES.values() if c in h]]
+    if len(trained) and len(seconds.columns):
         found["s epoch"] = seconds.sum(axis=1).median()
-    return found | {name: h[c].median() for name, c in _STAGES.items() if c in h and len(h)}
+    return found | {name: trained[c].median() for name, c in _STAGES.items() if c in h and len(trained)}
 
 # %% ../../nbs/results/06_compare.ipynb #ac55c6e6
 def compare_runs(

@@ -28,7 +28,7 @@ class Run:
     "A training run, as its folder holds it"
 
     config: dict = field(repr=False)  # settings of the run
-    history: pd.DataFrame = field(repr=False)  # one row per epoch: epoch, clusters, outliers, loss, lr, scores, seconds
+    history: pd.DataFrame = field(repr=False)  # one row per epoch: clusters, outliers, loss, scores, …; 0 = the start
     images: pd.DataFrame = field(repr=False)  # (N rows) training images: path, pid, camid, split
     epochs: list[int]  # the epochs with stored labels, from 1
     labels: list[np.ndarray] = field(repr=False)  # per epoch (N,) pseudo labels, -1 = outlier

@@ -35,8 +35,8 @@ from .steps import Losses, Stepper
 class EpochState:
     "An epoch under way"
 
-    number: int  # 1-based
-    labels: np.ndarray  # (N,) labels, -1 = outlier
+    number: int  # 1-based; 0 = the start, before any training
+    labels: np.ndarray | None  # (N,) labels, -1 = outlier; None = those of the start
     features: Tensor | None  # (N, d) features that they came from, on the CPU; None if the epoch needs none
     row: dict  # what the history will say of the epoch
     centroids: Tensor | None = None  # (C, d) of an earlier epoch; None = those of the features
@@ -63,7 +63,7 @@ class Run:
     frozen: dict | None = None  # labels (N,) and centroids (C, d) of the last epoch that was clustered
     decoded: np.ndarray | None = None  # (S + N, 3, H, W) decoded images; None = read from their files
     loader: object = None  # of training batches, made in the first epoch
-    history: list = field(default_factory=list)  # a dict for each epoch
+    history: list = field(default_factory=list)  # a dict for each epoch, the start's first if it was scored
 
     @property
     def backbone(self) -> nn.Module:  # trained in place

@@ -103,7 +103,7 @@ class Refinement(SettingsGroup):
 class Schedule(SettingsGroup):
     "Epochs and what happens in them"
 
-    epochs: int = 60  # rounds of clustering and training
+    epochs: int = 60  # rounds of clustering and training; 0 = the network is only tested as it starts
     iters: int = 200  # steps per epoch; 0 = one pass over the clusters
     frozen: tuple[int, ...] = ()  # first and last of the epochs that keep the labels and centroids of the one before
     restart_epoch: int = 0  # epoch that trains on its labels from the first weights again (GLC: 16); 0 = never
@@ -121,7 +121,7 @@ class Schedule(SettingsGroup):
              "empty, or a first epoch of at least 2 and a last one; GLC's code has 17 21"),
             ("restart_epoch", self.restart_epoch >= 0, "0 (never) or an epoch; GLC's code has 16"),
             ("restart_lr", self.restart_lr > 0, "above 0"),
-            ("epochs", self.epochs >= 1, "at least 1"),
+            ("epochs", self.epochs >= 0, "0 (only the start is tested) or more"),
         ]  # fmt: skip
 
 # %% ../../nbs/training/00_settings.ipynb #39a7260b
@@ -221,7 +221,8 @@ class RunOptions(SettingsGroup):
     cache: float = _free(10.0)  # GB of disk for decoded images, of training and test each; 0 = decode in every epoch
     cache_dir: str = _free("")  # folder they are kept in; empty = `decoded` beside the run folder
     workers: int = _free(0)  # threads that read images, 0 = one per core; results do not depend on it
-    best: str = _free("mAP")  # score returned by on_epoch that picks best.safetensors
+    best: str = _free("mAP")  # what picks best.safetensors: a score of on_epoch, auto (needs no labels) or last
+    patience: int = _free(0)  # stop after so many epochs that were scored and not better than the best; 0 = never
     skip_bad: bool = _free(False)  # leave unreadable images out instead of stopping
     checkpoint_steps: int = _free(0)  # save inside an epoch too, every so many steps; 0 = at its end only
     keep_checkpoints: int = _free(2)  # checkpoints kept: last.pt, and older ones to fall back on
@@ -234,6 +235,8 @@ class RunOptions(SettingsGroup):
             ("accumulate", self.accumulate >= 1, "at least 1"),
             ("checkpoint_steps", self.checkpoint_steps >= 0, "0 or more"),
             ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
+            ("patience", self.patience >= 0, "0 (never stop early) or more"),
+            ("patience", self.best != "last" or not self.patience, "0 with best 'last': no epoch is worse than another"),
             ("workers", self.workers >= 0, "0 or more"),
             self.one_of("precision", "auto", "bf16", "fp16", "fp32"),
             self.one_of("feature_precision", "auto", "bf16", "fp16", "fp32"),
@@ -261,7 +264,7 @@ class TrainConfig(RunOptions, Optim, Memory, Batches, Schedule, Refinement, Labe
         centroids = self.memory == "cluster"
         supervised = self.id_loss + self.triplet > 0
         parts = self.accumulate
-        corrected = "glc" not in self.refiners or self.glc_start <= self.epochs
+        corrected = "glc" not in self.refiners or self.glc_start <= self.epochs or not self.epochs
         return [rule for group in GROUPS for rule in group.rules(self)] + [
             ("camera_norm", not (true_ids and self.camera_norm), "off with true pids: nothing is clustered"),
             ("clusterer", true_ids or not supervised,
