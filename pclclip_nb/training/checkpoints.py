@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..backbones.batch_norm import drop_source
+from ..backbones.batch_norm import drop_source, keep_trunk_statistics, kept_norms
 from ..backbones.weights import save_weights
 from ..core.devices import autocast_dtype
 from ..core.files import digest, save_arrays, save_json, write_whole
@@ -259,6 +259,7 @@ def save_run(
     state = {"format": 2, "history": run.history, "config": asdict(run.cfg), "images": images_digest(run.images)}
     state |= {"source": source_digest(run), "precision": run.stepper.precision}
     state |= {name: part.state_dict() for name, part in run.parts().items()}
+    state["kept_norms"] = kept_norms(run.backbone)
     if run.frozen is not None:
         state["frozen"] = run.frozen
     if epoch is not None:
@@ -305,6 +306,7 @@ def restore_run(
     for name, part in run.parts().items():
         if name in state:  # a checkpoint of an older version has no scaler
             part.load_state_dict(state[name])
+    keep_trunk_statistics(run.backbone, state.get("kept_norms", ()))  # an older checkpoint kept none
     match_layout(run.stepper.optimizer)
     within = state.get("within")
     return EpochState(**within | {"labels": within["labels"].numpy()}) if within else None

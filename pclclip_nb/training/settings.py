@@ -159,6 +159,8 @@ class Memory(SettingsGroup):
     triplet: float = 0.0  # with true pids: weight of the soft-margin triplet loss
     bn_chunks: int = 1  # parts of a batch with batch-norm statistics of their own; 4 = a run on 4 GPUs
     domain_bn: bool = False  # with a source data set: batch norm of its own for source and target
+    trunk_bn: str = "moving"  # batch-norm statistics of a pretrained trunk: moving (learnt on) or kept (as in its file)
+    standardize: bool = False  # necks start with mean and variance of the training images
 
     def rules(self) -> list[tuple[str, bool, str]]:  # field, whether its value is right, what would be right
         "The rules of memory and losses"
@@ -177,6 +179,11 @@ class Memory(SettingsGroup):
              "False unless memory is 'hybrid': every other memory takes its features anew"),
             ("bn_chunks", self.bn_chunks == 1 or not self.domain_bn,
              "1 with domain_bn: it splits the batch in its own way"),
+            self.one_of("trunk_bn", "moving", "kept"),
+            ("trunk_bn", self.trunk_bn == "moving" or not self.domain_bn,
+             "'moving' with domain_bn: each domain learns statistics of its own"),
+            ("standardize", not (self.standardize and self.domain_bn),
+             "False with domain_bn: each domain has necks of its own"),
         ]  # fmt: skip
 
 # %% ../../nbs/training/00_settings.ipynb #ac1a6bfd
