@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .flags import Parser, add_backbone, add_data, add_settings, chosen_device, from_package
-from .flags import make_backbone, read_table, run_command, run_lines, settings
+from .flags import fill_own, make_backbone, read_table, run_command, run_lines, settings
 from .published_words import add_published, add_recipe, parse
 from ..core.files import save_json
 from ..data import read_dataset, readable_images, source_line
@@ -234,8 +234,11 @@ def run_training(
             f"{recipe.name} refines by what {recipe.labels_from} leaves: give its camera_labels.csv as --camera-labels, "
             "or 'none' to cluster each camera with the same features"
         )
-    cfg = settings(args)
     table = read_table(args)
+    if args.recipe == "own":
+        for note in fill_own(args, (table.split == "train").sum()):
+            print(f"note: {note}")
+    cfg = settings(args)
     work = train_by_camera if args.per_camera else train_and_test
     work(args, recipe, cfg, table)
 
