@@ -109,6 +109,8 @@ def _examined(path, size, modified):
         return "not an image" + ("" if kind == "no image" else f" ({kind})"), ""
     except RefusedImage as e:
         return str(e).removeprefix(f"{split_box(path)[0]} "), ""
+    except MemoryError:
+        raise
     except Exception as e:
         return f"damaged: {e}", ""
 

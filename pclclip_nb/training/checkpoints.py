@@ -29,8 +29,9 @@ import torch
 
 from ..backbones.batch_norm import drop_source
 from ..backbones.weights import save_weights
-from ..core.devices import autocast_dtype
+from ..core.devices import autocast_dtype, lacks_memory
 from ..core.files import digest, save_arrays, save_json, write_whole
+from ..core.images import check_result_folder
 from ..memory_loss import ClusterMemory
 from .losses import HybridMemory
 from .run import EpochState, Run, keep_first_weights, random_states, record_steps
@@ -97,6 +98,8 @@ def _read_checkpoint(path):
                 raise zipfile.BadZipFile(f"wrong checksum in {bad}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:
+        if lacks_memory(err):
+            raise
         raise _Damaged(
             f"{path} is damaged or not a checkpoint of pclclip_nb ({type(err).__name__}: {str(err).splitlines()[0]}): "
             "pass the last.pt of a run"
@@ -150,6 +153,7 @@ def open_run(
 ) -> dict | None:  # state to resume from; None = a fresh run
     "Make or reopen a run folder. Raises ValueError if it holds a run and `resume` is False."
     run_dir = Path(run_dir)
+    check_result_folder(run_dir, "run folder")
     saved = saved_checkpoints(run_dir) if resume in (True, False) else [Path(resume)]
     if not resume and saved:
         raise ValueError(f"{run_dir} holds a run already: resume it, or choose another folder")

@@ -9,10 +9,15 @@ __all__ = ['GROUPS', 'SettingsGroup', 'Labels', 'Refinement', 'Schedule', 'Batch
 # %% ../../nbs/training/00_settings.ipynb #24be62e6
 import math
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/training/00_settings.ipynb #80f3f5d5
+_LEAST = dict.fromkeys("seed iters min_size eps_gap bias_lr warmup_epochs keep_features milestones".split(), 0)
+_LEAST |= dict.fromkeys(("restart_milestones", "warmup_from"), 0)
+
+
 class SettingsGroup:
     "Settings that are checked when they are made"
 
@@ -28,8 +33,24 @@ class SettingsGroup:
         "The rule of a field that is one of some words"
         return name, getattr(self, name) in words, " or ".join(map(repr, words))
 
+    def number_rules(self) -> list[tuple[str, bool, str]]:  # see `rules`
+        "The rule of every number: finite, whole where the default is, and in a range that computers count in"
+        rules = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            low = _LEAST.get(f.name, -(2**31))
+            high = 2**32 - 1 if f.name == "seed" else 2**31 - 1
+            whole = type(f.default) in (int, tuple)
+            for number in value if isinstance(value, tuple) else [value]:
+                if isinstance(number, str | bool) and not whole:
+                    continue
+                right = isinstance(number, Integral if whole else Real)
+                what = f"a {'whole ' * whole}number from {low} to {high}"
+                rules.append((f.name, right and low <= number <= high, what))
+        return rules
+
     def __post_init__(self):
-        for name, right, rule in self.rules():
+        for name, right, rule in [*self.number_rules(), *self.rules()]:
             if not right:
                 raise ValueError(f"{name} = {getattr(self, name)!r} must be {rule}")
 
