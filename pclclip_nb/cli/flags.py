@@ -117,12 +117,8 @@ class Parser(argparse.ArgumentParser):
     ):
         "Say it in one line, without the usage, and exit with status 2"
         extra = message.removeprefix("unrecognized arguments: ").split()[0]
-        if (
-            not extra.startswith("-")
-            and message.startswith("unrecognized")
-            and "--data-dir" in self._option_string_actions
-        ):
-            message = f"unrecognized arguments: {extra}, did you mean {own_data_flags(extra)}?"
+        if "--data-dir" in self._option_string_actions and message.startswith(f"unrecognized arguments: {extra}"):
+            message = message if extra[0] == "-" else f"{extra}: did you mean {own_data_flags(extra)}?"
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 # %% ../../nbs/cli/00_flags.ipynb #bba70963
@@ -262,13 +258,7 @@ def read_table(
         raise ValueError(f"{flag} is for -d folder, and -d {args.dataset} tells its own identities: leave it out")
     path = Path(args.data_dir).expanduser()
     own = own_data_flags(args.data_dir)
-    if (
-        args.dataset in OWN
-        and f"-d {args.dataset} " not in own
-        and path.is_file()
-        or args.dataset == "csv"
-        and path.is_dir()
-    ):
+    if args.dataset == "csv" and path.is_dir() or args.dataset == "folder" and path.is_file():
         kind = "folder" if path.is_dir() else "file"
         raise ValueError(f"{args.data_dir} is a {kind}, which -d {args.dataset} does not read: did you mean {own}?")
     if args.dataset == "csv":
@@ -294,9 +284,7 @@ def add_backbone(
     add = parser.add_argument_group("Backbone").add_argument
     names = "open_clip, timm or own name, such as resnet50, resnet_ibn50a, pass_vit_small, pclclip-tiny"
     add("--model", "-a", "--arch", default="ViT-B-16-quickgelu", metavar="NAME", help=names)
-    start = (
-        "tag, weights file or run folder to start from; 'none' = random, 'auto' = what the network usually starts from"
-    )
+    start = "tag, weights file or run folder to start from; 'none' = random, 'auto' = what the network usually has"
     add("--pretrained", "-pp", "--pretrained-path", default="auto", metavar="NAME", help=start)
     normal = "how images are normalised: imagenet, half, clip, or 'm,m,m/s,s,s'; without it as the weights were trained"
     add("--norm", metavar="NAME", help=normal)
@@ -343,9 +331,7 @@ def start_weights(
         return "imagenet"
     if name.startswith("timm/"):
         return True
-    raise ValueError(
-        f"{name} has no weights to download: give a file as --pretrained, or --pretrained none for random ones"
-    )
+    raise ValueError(f"{name} has no weights to download: give a file as --pretrained, or none for random ones")
 
 # %% ../../nbs/cli/00_flags.ipynb #262a3820
 def make_backbone(
