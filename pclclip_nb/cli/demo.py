@@ -47,7 +47,7 @@ def demo_parser() -> Parser:  # its flags
     add("--camera-shift", type=within(float, 0, 9), default=1.0, metavar="X", help="how far the cameras differ")
     add(
         "--epochs",
-        type=within(int, 0, 9999),
+        type=within(int, 1, 9999),
         default=DEMO.epochs,
         metavar="N",
         help="rounds of clustering and training",

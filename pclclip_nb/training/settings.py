@@ -15,7 +15,8 @@ from typing import Any
 
 # %% ../../nbs/training/00_settings.ipynb #80f3f5d5
 _LEAST = dict.fromkeys("seed iters min_size eps_gap bias_lr warmup_epochs keep_features milestones".split(), 0)
-_LEAST |= dict.fromkeys(("restart_milestones", "warmup_from"), 0)
+_LEAST |= {"restart_milestones": 0, "warmup_from": 0, "accumulate": 1}
+_MOST = {"seed": 2**32 - 1, "warmup_from": 1}
 
 
 class SettingsGroup:
@@ -39,7 +40,7 @@ class SettingsGroup:
         for f in fields(self):
             value = getattr(self, f.name)
             low = _LEAST.get(f.name, -(2**31))
-            high = 2**32 - 1 if f.name == "seed" else 2**31 - 1
+            high = _MOST.get(f.name, 2**31 - 1)
             whole = type(f.default) in (int, tuple)
             for number in value if isinstance(value, tuple) else [value]:
                 if isinstance(number, str | bool) and not whole:
@@ -50,7 +51,7 @@ class SettingsGroup:
         return rules
 
     def __post_init__(self):
-        for name, right, rule in [*self.number_rules(), *self.rules()]:
+        for name, right, rule in (rule for rules in (self.number_rules, self.rules) for rule in rules()):
             if not right:
                 raise ValueError(f"{name} = {getattr(self, name)!r} must be {rule}")
 
