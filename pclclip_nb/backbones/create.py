@@ -19,14 +19,17 @@ import torch
 from fastcore.basics import patch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torchvision.models import get_model_weights
 
 from .published import CLIP_KINDS, grid_of, read_weights, similar_networks
 from .resnet import ClipResNetBackbone, Pooling, RESNETS, ResNetBackbone
 from .timm_files import ClipTimmBackbone, clip_tower, file_norm, freeze_unused, hub_config
 from .timm_files import named_weights
 from .vit import VITS, ViTBackbone, fit_pos_embed
-from .weights import backbone_options, read_checkpoint, weights_file
+from .weights import backbone_options, check_download, read_checkpoint, refuse_checkpoint
+from .weights import weights_file
 from ..batches.augmentation import norm_constants
+from ..core.devices import lacks_memory
 from ..clip_backbone import Backbone, ClipBackbone, check_size, clip_backbone, log_errors_only
 from ..clip_backbone import resize_pos_embed
 
@@ -36,6 +39,19 @@ def _closest(name, names):
     return " or ".join(difflib.get_close_matches(name, names, 3, 0.4)) or "another one"
 
 # %% ../../nbs/backbones/05_create.ipynb #90b166b6
+def _timm_file(name):
+    "Repository and file of timm's weights; no repository and a URL where they lie elsewhere"
+    cfg = timm.get_pretrained_cfg(name)
+    return (cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors") if cfg.hf_hub_id else ("", cfg.url or "")
+
+
+def _open_clip_file(name, tag):
+    "Repository and file of open_clip's weights; no repository and a URL where they lie elsewhere"
+    cfg = open_clip.get_pretrained_cfg(name, tag)
+    repo, _, file = cfg.get("hf_hub", "").rpartition("/")
+    return (repo, file or "open_clip_model.safetensors") if repo else ("", cfg.get("url", ""))
+
+
 def _timm_trunk(name, size, pretrained):
     "timm's network without its classifier, for images of `size`"
     name = name.removeprefix("timm/") + (f".{pretrained}" if isinstance(pretrained, str) else "")
@@ -48,6 +64,8 @@ def _timm_trunk(name, size, pretrained):
     fixed = {"img_size": tuple(size)} if timm.get_pretrained_cfg(name).fixed_input_size else {}
     cut = re.search(r"patch(\d+)", arch)
     near = tuple(max(1, round(s / int(cut[1]))) * int(cut[1]) for s in size) if cut else "another size"
+    if pretrained:
+        check_download(f"timm/{name}", *_timm_file(name))
     try:
         trunk = timm.create_model(name, pretrained=bool(pretrained), num_classes=0, **fixed).eval()
         grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
@@ -58,6 +76,8 @@ def _timm_trunk(name, size, pretrained):
             raise AssertionError(f"patches of {patches} leave out a border")
         return trunk, out
     except (TypeError, AssertionError, RuntimeError) as e:
+        if lacks_memory(e):
+            raise
         raise ValueError(f"timm's {arch} does not take images of {tuple(size)} (H, W): {e}. Try {near}") from e
 
 # %% ../../nbs/backbones/05_create.ipynb #b8d88529
@@ -136,10 +156,14 @@ def _build(name, pretrained, size, options):
         if pretrained:
             raise ValueError(f"pretrained {pretrained!r}: {name} has no weights to download, pass its authors' file")
         return ViTBackbone(name, size, **options)
+    if cls is ResNetBackbone and pretrained == "imagenet" and "ibn" not in name:
+        check_download(name, "", get_model_weights(name).IMAGENET1K_V1.url)
     if cls in (ResNetBackbone, TimmBackbone):
         return cls(name, size, pretrained=pretrained, **options)
     if pretrained and pretrained not in (tags := open_clip.list_pretrained_tags_by_model(name)):
         raise ValueError(f"pretrained {pretrained!r} is neither a file nor a tag of {name}: choose one of {tags}")
+    if pretrained:
+        check_download(name, *_open_clip_file(name, pretrained))
     elsewhere = open_clip.get_model_config(name)["text_cfg"].get("hf_model_name")  # of the text tower
     if cls is ClipBackbone and not (elsewhere and not pretrained):
         return clip_backbone(name, pretrained, size, **options)
@@ -262,6 +286,7 @@ def _fill(backbone, weights, mode="bilinear"):
 # %% ../../nbs/backbones/05_create.ipynb #0bbc29a4
 def _from_content(name, content, size, options, path=None):
     "A named backbone with the weights of a file, and its report"
+    refuse_checkpoint(content, path)
     meta = content.get("metadata")
     ours = isinstance(meta, dict) and meta.get("name")
     if not ours and _class_of(name) in (TimmBackbone, ClipTimmBackbone):
@@ -306,7 +331,9 @@ def usual_size(
             return tuple(map(int, meta["size"].split("x")))
     if cls is TimmBackbone:
         arch = name.removeprefix("timm/")
-        tag = f".{pretrained}" if isinstance(pretrained, str) and timm.is_model_pretrained(f"{arch}.{pretrained}") else ""
+        tag = (
+            f".{pretrained}" if isinstance(pretrained, str) and timm.is_model_pretrained(f"{arch}.{pretrained}") else ""
+        )
         return tuple(timm.get_pretrained_cfg(arch + tag).input_size[1:])
     if cls in (ResNetBackbone, ViTBackbone):
         return (224, 224) if cls is ResNetBackbone else (256, 128)

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from .flags import OWN, from_package
+from .flags import from_package, own_data_flags, within
 from ..core.benchmarks import SPECS
 from ..experiments.recipes import OWN_SETTINGS, RECIPES, Recipe, find_recipe
 
@@ -69,11 +70,11 @@ def add_published(
 ) -> None:
     "Flags of published scripts that are accepted, but name nothing here"
     add = parser.add_argument_group("Words of the published scripts").add_argument
-    add("--step-size", type=int, metavar="N", help="milestones at its multiples")
-    add("--features", type=int, metavar="N", help="accepted as 0: there is no embedding layer")
-    add("--dropout", type=float, metavar="X", help="accepted as 0: there is no dropout")
-    add("--print-freq", type=int, metavar="N", help="no effect: the bar shows every step")
-    add("--hw-ratio", type=float, metavar="X", help="no effect: the ratio is read from the weights")
+    add("--step-size", type=within(int, 1), metavar="N", help="milestones at its multiples")
+    add("--features", type=within(int, 0), metavar="N", help="accepted as 0: there is no embedding layer")
+    add("--dropout", type=within(float, 0, 1), metavar="X", help="accepted as 0: there is no dropout")
+    add("--print-freq", type=within(int, 0), metavar="N", help="no effect: the bar shows every step")
+    add("--hw-ratio", type=within(float, 0, 100), metavar="X", help="no effect: the ratio is read from the weights")
     file = "the supervised PCL-CLIP: implies its recipe; the file is not read"
     add("--config_file", metavar="FILE", help=file)
     keys = "DATASETS.NAMES, DATASETS.ROOT_DIR, OUTPUT_DIR of its configuration"
@@ -93,7 +94,10 @@ def translate(
     pairs = given.get("pairs", [])
     given.pop("pairs", None)
     keys, values = pairs[::2], pairs[1::2]
-    if len(keys) != len(values) or not set(keys) <= set(_PAIRS):
+    if other := [key for key in keys if key not in _PAIRS]:
+        pair = f"or a pair KEY VALUE with a key of {', '.join(_PAIRS)}"
+        raise ValueError(f"{other[0]}: did you mean {own_data_flags(other[0])}, {pair}?")
+    if len(keys) != len(values):
         raise ValueError(f"{' '.join(keys)}: give KEY VALUE pairs with a key of {', '.join(_PAIRS)}")
     given |= {_PAIRS[k]: v.strip("()'\" ") for k, v in zip(keys, values, strict=True)}
     for word in ("features", "dropout"):
@@ -125,7 +129,17 @@ def recipe_flags(
     }  # fmt: skip
 
 # %% ../../nbs/cli/01_published_words.ipynb #own00012
-_PUBLISHED_WORDS = ("step_size", "features", "dropout", "print_freq", "hw_ratio", "config_file", "pairs", "source_dataset", "per_camera")
+_PUBLISHED_WORDS = (
+    "step_size",
+    "features",
+    "dropout",
+    "print_freq",
+    "hw_ratio",
+    "config_file",
+    "pairs",
+    "source_dataset",
+    "per_camera",
+)
 
 
 def is_own(

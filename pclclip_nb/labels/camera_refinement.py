@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from scipy.special import entr
 
 from ..clustering import jaccard_graph, relabel
-from ..core.arrays import to_numpy, unit_rows
+from ..core.arrays import check_integers, to_numpy, unit_rows
 from ..core.compute import in_blocks, row_blocks, stage
 from ..core.neighbours import knn
 from .graph_clustering import average_linkage, infomap_labels, neighbour_cosines, similarity_links
@@ -25,7 +25,7 @@ def _ids(values, name, n=None):
     values = to_numpy(values)
     if n is not None and len(values) != n:
         raise ValueError(f"{n} images but {len(values)} {name}: give one of the {name} per image, in the same order")
-    return values.astype(np.int64)
+    return check_integers(values, len(values), name)
 
 # %% ../../nbs/labels/02_camera_refinement.ipynb #b5c9dd34
 def drop_strangers(
