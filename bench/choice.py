@@ -6,7 +6,9 @@ python bench/choice.py saved OUT.csv FILE.npz ...       states that were saved: 
 python bench/choice.py drawn OUT.csv SHIFT ...          runs on drawn people, at these camera shifts (a minute each on a core)
 
 A row per state: run, data, network, settings, state (0 = the start), mAP in per cent on identities that were not trained on,
-and the numbers of `state_numbers`. Rows of runs that OUT.csv already holds are replaced.
+the numbers of `state_numbers`, and of four criteria to compare with: `joined` (silhouette at radius 0.5 times the share of clusters
+that join cameras), `density` (soft neighbourhood density, Saito et al., 2021), `rank` (RankMe, Garrido et al., 2023) and `halves`
+(share of the ten nearest neighbours that two random halves of the dimensions agree on). Rows of runs that OUT.csv already holds are replaced.
 """
 
 import argparse
@@ -16,11 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
+from scipy.stats import entropy
 
 from pclclip_nb.batches.augmentation import image_norm
 from pclclip_nb.batches.loading import Files, test_loader
 from pclclip_nb.clip_backbone import extract_features
+from pclclip_nb.clustering import dbscan, jaccard_graph
+from pclclip_nb.core.neighbours import knn
 from pclclip_nb.labels.choice import state_numbers
+from pclclip_nb.labels.health import cluster_report
 from pclclip_nb.results.testing import score_backbone
 from pclclip_nb.synthetic.people import make_synthetic_reid
 from pclclip_nb.synthetic.tiny_clip import tiny_backbone
@@ -34,15 +41,38 @@ def unit(features):
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
+def other_numbers(x, camids):
+    "Known criteria for choosing a state, larger = better"
+    n, d = x.shape
+    graph = jaccard_graph(x, 10, 6, 0.5)
+    report = cluster_report(dbscan(graph, 0.5), camids, graph=graph)
+    likeness = x @ x.T / 0.05
+    np.fill_diagonal(likeness, -np.inf)
+    values = np.linalg.svd(x, compute_uv=False)
+    order = np.random.default_rng(0).permutation(d)
+    pairs = [
+        knn(unit(x[:, half]), 11)[:, 1:] + n * np.arange(n)[:, None] for half in (order[: d // 2], order[d // 2 :])
+    ]
+    return {
+        "joined": report["silhouette"] * (1 - report.get("single_camera_share", 0)),
+        "density": float(entropy(softmax(likeness, axis=1), axis=1).mean()),
+        "rank": float(np.exp(entropy(values / values.sum()))),
+        "halves": len(np.intersect1d(*pairs)) / (10 * n),
+    }
+
+
+def numbers(state, mAP, features, camids):
+    "The columns of a state"
+    x = unit(features)
+    return {"state": state, "mAP": mAP} | state_numbers(x, camids) | other_numbers(x, camids)
+
+
 def saved_rows(file):
     "Rows of a run whose features were saved"
     run = json.loads(file.with_suffix(".json").read_text())
     named = {"run": file.stem} | {name: run.get(name, "") for name in ("data", "network", "settings")}
     with np.load(file) as states:
-        return [
-            named | {"state": s, "mAP": mAP} | state_numbers(unit(states[f"f{s}"]), states["cam"])
-            for s, mAP in enumerate(run["mAP"])
-        ]
+        return [named | numbers(s, mAP, states[f"f{s}"], states["cam"]) for s, mAP in enumerate(run["mAP"])]
 
 
 def drawn_rows(shift, epochs):
@@ -56,8 +86,9 @@ def drawn_rows(shift, epochs):
 
         def measure(result=None):
             loader = test_loader(Files(images, backbone.size), 128, image_norm(backbone))
-            numbers = state_numbers(extract_features(backbone, loader, "fp32"), images.camid)
-            rows.append(named | {"state": len(rows), "mAP": 100 * score_backbone(backbone, table, 1).mAP} | numbers)
+            features = extract_features(backbone, loader, "fp32")
+            mAP = 100 * score_backbone(backbone, table, 1).mAP
+            rows.append(named | numbers(len(rows), mAP, features, images.camid.to_numpy()))
 
         measure()
         cfg = TrainConfig(batch_size=64, num_instances=8, epochs=epochs, iters=20, eps="auto", precision="fp32")
