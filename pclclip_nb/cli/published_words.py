@@ -11,8 +11,7 @@ import argparse
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from .flags import OWN, from_package
-from .flags import from_package, own_data_flags, within
+from .flags import OWN, from_package, own_data_flags, within
 from ..core.benchmarks import SPECS
 from ..experiments.recipes import OWN_SETTINGS, RECIPES, Recipe, find_recipe
 
