@@ -236,7 +236,7 @@ def run_training(
         )
     table = read_table(args)
     if args.recipe == "own":
-        for note in fill_own(args, (table.split == "train").sum()):
+        for note in fill_own(args, int((table.split == "train").sum())):
             print(f"note: {note}")
     cfg = settings(args)
     work = train_by_camera if args.per_camera else train_and_test
