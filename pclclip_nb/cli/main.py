@@ -138,6 +138,7 @@ def epoch_report(
             ranking = testing.score_backbone(result.backbone, table, cfg.workers, cfg.feature_precision, **images)
             scores = testing.headline_scores(ranking)
         line = f"epoch {epoch:3d}  clusters {row['clusters']}  outliers {row['outliers']}"
+        line += f"  eps {row['eps']:g}  k1 {row['k1']}" if cfg.eps == "auto" and "eps" in row else ""
         line += f"  ARI {row['ari']:.2f}" if "ari" in row else ""
         print(f"{line}  loss {row['loss']:.3f}  {testing.scores_text(scores)}".rstrip(), flush=True)
         if recipe and epoch in recipe.log.get("clusters", {}):

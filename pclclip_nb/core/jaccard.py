@@ -23,6 +23,9 @@ def check_jaccard_settings(
     **counts: int,  # settings that must be whole numbers of at least 1, by their names
 ) -> None:
     "Raise a ValueError that names the first impossible setting"
+    if isinstance(eps, str):
+        how = "suggest_eps(features) of pclclip_nb.labels.health chooses eps and k1, and has the labels they give"
+        raise ValueError(f"eps = {eps!r} must be a number in (0, 1]: {how}")
     for e in np.atleast_1d(eps):
         if not 0 < e <= 1:
             raise ValueError(f"eps = {e} is outside (0, 1]: Jaccard distances lie there, try 0.4 to 0.7")
