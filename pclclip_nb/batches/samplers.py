@@ -64,7 +64,7 @@ def check_batch_shape(
     num_instances: int,  # K, images of each
     found: str = "",  # what was found, for the message; "" = the number of identities
     groups: str = "identities",  # what they are called
-    advice: str = "",  # what else may help, for the message
+    advice: str = "",  # what helps more than a smaller batch, for the message
 ) -> None:
     "Raise `ValueError` if B is no multiple of K, or if there are fewer than P = B / K groups"
     if min(num_instances, batch_size) < 1 or batch_size % num_instances:
@@ -75,7 +75,7 @@ def check_batch_shape(
     if n_groups < per_batch:
         raise ValueError(
             f"{found or f'{n_groups} {groups}'}, but a batch of {batch_size} takes {per_batch} {groups} of "
-            f"{num_instances}: lower batch_size to {max(n_groups, 1) * num_instances}{advice}"
+            f"{num_instances}: {advice}lower batch_size to {max(n_groups, 1) * num_instances}"
         )
 
 # %% ../../nbs/batches/02_samplers.ipynb #580e696a
@@ -91,7 +91,8 @@ def clusters_with_cameras(
     clusters = cluster_rows(labels)
     n_outliers = (labels < 0).sum()
     found = f"{len(clusters)} clusters ({n_outliers} of {len(labels)} images are outliers)"
-    advice = ", or change eps (raise it if most images are outliers, lower it if clusters have merged)"
+    radius = "raise" if n_outliers > len(labels) / 3 else "lower"
+    advice = f"find more clusters (DBSCAN: {radius} eps, then k1), or, if there are no more identities, "
     if len(camids) != len(labels):
         raise ValueError(f"{len(labels)} labels but {len(camids)} camids: give one of each per row of the table")
     check_batch_shape(len(clusters), batch_size, num_instances, found, "clusters", advice)

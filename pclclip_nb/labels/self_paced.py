@@ -10,7 +10,7 @@ import numpy as np
 from fastcore.basics import patch
 from numpy.typing import ArrayLike
 
-from ..clustering import jaccard_dbscan, relabel
+from ..clustering import dbscan, jaccard_graph, relabel
 from ..core.arrays import to_numpy
 
 # %% ../../nbs/labels/01_self_paced.ipynb #f5523616
@@ -85,6 +85,7 @@ class SelfPaced:
         self.radii = (eps - gap, eps, eps + gap)
         self.settings = dict(k1=k1, k2=k2, min_samples=min_samples)
         self.alpha = None
+        self.graph = None  # distances of the last call up to 0.75 or more, for the silhouette of its labels
 
     def __call__(
         self,
@@ -93,7 +94,9 @@ class SelfPaced:
         camids: ArrayLike | None = None,  # not used; there because every refiner is given them
     ) -> np.ndarray:  # (N,) int64 pseudo labels 0..C-1, -1 = outlier or not reliable
         "Cluster at three radii, and drop the labels that depend on the radius"
-        tight, own, loose = jaccard_dbscan(features, self.radii, **self.settings)
+        k1, k2, min_samples = self.settings.values()
+        self.graph = jaccard_graph(features, k1, k2, max(0.75, *self.radii))
+        tight, own, loose = dbscan(self.graph, self.radii, min_samples)
         labels = own if labels is None else labels
         labels, self.alpha = keep_reliable(labels, *reliability(labels, tight, loose), self.alpha)
         return labels
