@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 
-from .core.arrays import to_numpy, unit_rows
+from .core.arrays import check_integers, to_numpy, unit_rows
 from .core.compute import in_blocks, stage
 from .core.jaccard import EPS_SLACK, blocks_to_graph, check_jaccard_settings, check_neighbour_counts
 from .core.jaccard import half_width, jaccard_pairs, job_blocks, k_reciprocal_weights, label_components
@@ -98,7 +98,8 @@ def relabel(
     labels: ArrayLike,  # (N,) integers, list, numpy or torch; negative = outlier
 ) -> np.ndarray:  # (N,) int64: 0..C-1 in the order of the old numbers, -1 = outlier
     "Close the gaps that are left when clusters were dropped or split"
-    labels = to_numpy(labels).astype(np.int64)
+    labels = to_numpy(labels)
+    labels = check_integers(labels, len(labels), "labels")
     keep = labels >= 0
     dense = np.full(len(labels), -1)
     dense[keep] = np.unique(labels[keep], return_inverse=True)[1]

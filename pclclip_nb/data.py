@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .core.benchmarks import SPECS, SPLITS, read_benchmark, with_expected
 from .core.files import shared_digests
 from .core.images import RefusedImage, image_note, open_rgb, split_box
-from .core.own_images import counted, read_image_folder, read_image_list
+from .core.own_images import as_table, counted, read_image_folder, read_image_list
 
 # %% ../nbs/00_data.ipynb #11180845
 def read_dataset(
@@ -82,6 +82,7 @@ def summary(
     distractor: int | None = None,  # pid that is no identity; default: that of `name`
 ) -> pd.DataFrame:  # split × (ids, images, cams), each beside the expected number if `name` is given
     "Identities, images and cameras per split; warns when they are not those of a complete copy"
+    table = as_table(table)
     spec = SPECS[name] if name else None
     distractor = spec.distractor if spec and distractor is None else distractor
     people = table[(table["pid"] >= 0) & (table["pid"] != distractor)]
@@ -109,6 +110,8 @@ def _examined(path, size, modified):
         return "not an image" + ("" if kind == "no image" else f" ({kind})"), ""
     except RefusedImage as e:
         return str(e).removeprefix(f"{split_box(path)[0]} "), ""
+    except MemoryError:
+        raise
     except Exception as e:
         return f"damaged: {e}", ""
 
@@ -197,6 +200,7 @@ def check_protocol(
     name: str | None = None,  # key of `SPECS`: some benchmarks number their test identities from 0 again
 ) -> pd.DataFrame:  # query rows that no gallery image can match, with the column `reason`
     "Unmatched queries; warns of a missing split and of identities in both train and test"
+    table = as_table(table)
     query, gallery, train = (table[table["split"] == s] for s in ("query", "gallery", "train"))
     none = [s for s, part in (("query", query), ("gallery", gallery)) if part.empty]
     if none:

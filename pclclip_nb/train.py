@@ -19,7 +19,7 @@ from .core.compute import Timer, stage
 from .training.checkpoints import ended_early, epochs_done, rate_state, resume_run, save_epoch, save_run
 from .training.checkpoints import save_step, tensorboard_log, warn_full_disk
 from .training.epoch_inputs import decode_images, epoch_features, epoch_loader, epoch_memory, keep_frozen
-from .training.epoch_inputs import label_images
+from .training.epoch_inputs import label_images, standardize_start
 from .training.processes import StopRequest, exit_stopped, processes
 from .training.run import EpochState, Run, epoch_losses, epoch_random_state, record_steps, restart
 from .training.run import start_run, step_bar
@@ -128,6 +128,8 @@ def train(
     run = start_run(backbone, table, cfg or TrainConfig(), Path(run_dir), clusterer, refiners, source, process)
     epoch = resume_run(run, resume)  # an epoch that was interrupted, or None
     decode_images(run, progress)
+    if epoch is None and not run.history:
+        standardize_start(run)
     if process.rank == 0:
         warn_full_disk(run)
     if not (run.history or epoch) and (on_start or run.cfg.best == "auto" or run.cfg.epochs == 0):

@@ -19,7 +19,7 @@ import open_clip
 import torch
 from torch import Tensor
 
-from .weights import read_checkpoint, weights_file
+from .weights import read_checkpoint, refuse_checkpoint, weights_file
 from ..batches.augmentation import norm_constants
 
 # %% ../../nbs/backbones/04_published.ipynb #af5ca18f
@@ -381,11 +381,9 @@ def read_weights(
     source: dict | str | Path,  # a file, a run folder, or what a file holds
 ) -> WeightFile:  # the weights and what they are
     "Open a published checkpoint. Raises ValueError for an unknown, unsafe or damaged one, FileNotFoundError if there is none."
-    content = source if isinstance(source, dict) else read_checkpoint(weights_file(source))
-    if content.get("format") in (1, 2) and "backbone" in content:
-        raise ValueError(
-            "this is the checkpoint of a run, which only resumes it: take last.safetensors of the run folder"
-        )
+    path = None if isinstance(source, dict) else weights_file(source)
+    content = source if path is None else read_checkpoint(path)
+    refuse_checkpoint(content, path)
     meta = content.get("metadata", {})  # of .safetensors and archives
     if meta.get("name"):
         name, size, norm, options = stored_build(meta, content["state_dict"])

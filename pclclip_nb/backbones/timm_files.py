@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .published import WeightFile, float_state, inner_states, route_rank, shared_prefix
 from ..batches.augmentation import norm_constants, norm_name
 from ..clip_backbone import Backbone, check_size
+from ..core.devices import lacks_memory
 
 # %% ../../nbs/backbones/06_timm_files.ipynb #0b7d870e
 @cache
@@ -211,6 +212,8 @@ class ClipTimmBackbone(Backbone):
             with torch.enable_grad():
                 pooled, projected = self.outputs(torch.zeros(1, 3, *size, device=device))
         except (TypeError, AssertionError, RuntimeError) as e:
+            if lacks_memory(e):
+                raise
             near = tuple(max(p, round(s / p) * p) for s, p in zip(size, cut, strict=True)) if cut[0] > 1 else (256, 128)
             raise ValueError(f"{name} does not take images of {tuple(size)} (H, W): {e}. Try {near}") from e
         used = pooled.sum() if projected is None else pooled.sum() + projected.sum()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .flags import Parser, add_device, chosen_device, from_package, run_command
+from .flags import Parser, add_device, chosen_device, from_package, run_command, within
 from .main import epoch_report
 from ..training.settings import TrainConfig, decoded_dir
 from ..core.images import open_rgb
@@ -42,12 +42,18 @@ def demo_parser() -> Parser:  # its flags
     parser = Parser("pclclip_demo", "The whole loop on drawn pedestrians, in a few minutes on a CPU")
     add = parser.add_argument
     add("--logs-dir", default="runs/demo", metavar="DIR", help="run folder; the images go to its folder data")
-    add("--seed", type=int, default=1, metavar="N", help="of data and training")
-    add("--ids", type=int, default=100, metavar="N", help="training identities")
-    add("--camera-shift", type=float, default=1.0, metavar="X", help="how far the cameras differ")
-    add("--epochs", type=int, default=DEMO.epochs, metavar="N", help="rounds of clustering and training")
+    add("--seed", type=within(int, 0, 2**32 - 1), default=1, metavar="N", help="of data and training")
+    add("--ids", type=within(int, 32, 9999), default=100, metavar="N", help="training identities, at least 32")
+    add("--camera-shift", type=within(float, 0, 9), default=1.0, metavar="X", help="how far the cameras differ")
+    add(
+        "--epochs",
+        type=within(int, 1, 9999),
+        default=DEMO.epochs,
+        metavar="N",
+        help="rounds of clustering and training",
+    )
     workers = "threads that read images, 0 = one per core"
-    add("-j", "--workers", type=int, default=DEMO.workers, metavar="N", help=workers)
+    add("-j", "--workers", type=within(int, 0), default=DEMO.workers, metavar="N", help=workers)
     add_device(parser)
     return parser
 

@@ -7,14 +7,13 @@ __all__ = ['memory_sentence', 'error_sentence', 'memory_advice']
 
 # %% ../../nbs/cli/05_errors.ipynb #er000003
 import argparse
-import errno
 import re
 from pathlib import Path
 
+from ..core.devices import lacks_memory
 from ..training.settings import free_fields
 
 # %% ../../nbs/cli/05_errors.ipynb #e94f51ac
-_NO_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|DefaultCPUAllocator|Cannot allocate memory|bad_alloc", re.I)
 _ASKED = re.compile(r"(?:[Tt]ried|Unable) to allocate ([\d.]+ (?:[KMGTP]iB|bytes))|size (\d+ bytes)")
 _SIZE = r"([\d.]+ \w+)"
 _FREE = re.compile(rf"capac\w+ of {_SIZE} of which {_SIZE} is free|; {_SIZE} total.*?; {_SIZE} free")
@@ -25,8 +24,7 @@ def memory_sentence(
 ) -> str:  # without the way out; empty for another error
     "Which memory was not enough, and for how much"
     text = " ".join(str(error).split())
-    torch_error = isinstance(error, RuntimeError) and _NO_MEMORY.search(text)
-    if not (torch_error or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM):
+    if not lacks_memory(error):
         return ""
     card = re.search(r"GPU (\d+)", text)
     numbers = []

@@ -14,10 +14,10 @@ from typing import Any
 import pandas as pd
 
 from .flags import OPTIONS, Parser, add_backbone, add_device, chosen_device, from_package
-from .flags import make_backbone, run_command
+from .flags import make_backbone, run_command, weights_text, within
 from ..core.files import write_whole
-from ..data import readable_images
-from .flags import weights_text
+from ..core.images import check_result_folder
+from ..data import readable_images, source_line
 
 # %% ../../nbs/cli/04_tools.ipynb #8945219b
 def add_network(
@@ -26,11 +26,11 @@ def add_network(
     "Flags that name a network"
     group = parser.add_argument_group("Network")
     add = group.add_argument
-    weights = "best.safetensors of a run, or a published checkpoint; in place of --model and --pretrained"
+    weights = "weights of a run, its folder (the best, else the last), or a published checkpoint; in place of --model"
     add("--weights", metavar="FILE", help=weights)
     size = "of --model, or of a published checkpoint; without it the file's, or"
-    add("--height", type=int, metavar="N", help=f"input height in pixels {size} 256")
-    add("--width", type=int, metavar="N", help=f"input width in pixels {size} 128")
+    add("--height", type=within(int, 1, 4096), metavar="N", help=f"input height in pixels {size} 256")
+    add("--width", type=within(int, 1, 4096), metavar="N", help=f"input width in pixels {size} 128")
     add_device(group)
     add_backbone(parser)
 
@@ -63,11 +63,18 @@ def extract_parser() -> Parser:  # its flags
     add("--ids", choices=("auto", "folder", "none"), default="auto", help="folder only: as of pclclip_train")
     listed = "leave unreadable images out, listed in skipped.csv, instead of refusing"
     add("--skip-bad", action="store_true", help=listed)
-    add("-b", "--batch-size", type=int, default=64, metavar="N", help="images at a time")
-    add("-j", "--workers", type=int, default=0, metavar="N", help="threads that read images, 0 = one per core")
+    add("-b", "--batch-size", type=within(int, 1), default=64, metavar="N", help="images at a time")
+    add(
+        "-j",
+        "--workers",
+        type=within(int, 0),
+        default=0,
+        metavar="N",
+        help="threads that read images, 0 = one per core",
+    )
     precision = "of the network: fp32 is exact; bf16, fp16 or auto (what the device is fast at) are faster and round"
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="fp32", help=precision)
-    add("--chunk", type=int, default=1024, metavar="N", help="images in a part: what a kill can cost")
+    add("--chunk", type=within(int, 1), default=1024, metavar="N", help="images in a part: what a kill can cost")
     add_network(parser)
     return parser
 
@@ -80,11 +87,13 @@ def extract_main(
 
     def work(args):
         package = from_package("inference.extract")
+        check_result_folder(args.out, "gallery of features")
         table = package.image_list(args.images, args.pattern, args.ids)
+        print(source_line(table))
         options = (args.skip_bad, args.batch_size, args.precision, args.workers, args.chunk)
         backbone = open_network(args, parser)
-        start = backbone.report.line() if args.weights else weights_text(args, backbone)
-        print(from_package("backbones.weights").network_line(backbone, start, features=args.precision))
+        line = from_package("backbones.weights").network_line
+        print(line(backbone, weights_text(args, backbone), features=args.precision))
         gallery = package.extract(backbone, table, args.out, *options, progress=True)
         n, d = gallery.features.shape
         print(f"{n} of {len(table)} images, {d} features each: {gallery.folder}")
@@ -102,16 +111,23 @@ def search_parser() -> Parser:  # its flags
     add = parser.add_argument
     add("gallery", help="folder that pclclip_extract has made; it knows its network")
     add("queries", nargs="+", help="images, folders, or lists as of pclclip_extract")
-    add("-k", "--topk", type=int, default=10, metavar="N", help="answers to each query")
+    add("-k", "--topk", type=within(int, 1), default=10, metavar="N", help="answers to each query")
     threshold = "similarity below which nothing is an answer, from -1 to 1; without it none"
-    add("--threshold", type=float, metavar="X", help=threshold)
+    add("--threshold", type=within(float, -1, 1), metavar="X", help=threshold)
     add("--keep-same", action="store_true", help="keep the query's own file and copies of it, marked")
     add("--index", choices=("flat", "hnsw"), default="flat", help="exact, or approximate for millions")
     add("--pattern", help="queries in folders: as of pclclip_extract")
     add("--ids", choices=("auto", "folder", "none"), default="auto", help="queries in folders: as of pclclip_extract")
     add("--out", default="found", metavar="OUT", help="writes OUT.csv and OUT.html")
     add("--skip-bad", action="store_true", help="leave unreadable queries out instead of refusing")
-    add("-j", "--workers", type=int, default=0, metavar="N", help="threads that read images, 0 = one per core")
+    add(
+        "-j",
+        "--workers",
+        type=within(int, 0),
+        default=0,
+        metavar="N",
+        help="threads that read images, 0 = one per core",
+    )
     add_device(parser, "cpu")
     return parser
 
@@ -121,6 +137,11 @@ def run_search(
 ) -> None:
     "Rank the gallery for every query, and write the answers as CSV and as an HTML sheet"
     extract, search = from_package("inference.extract"), from_package("inference.search")
+    galleries = [q for q in args.queries if (Path(q) / "gallery.json").is_file()]
+    if galleries and not (Path(args.gallery) / "gallery.json").is_file():
+        raise ValueError(
+            f"{args.gallery} is no gallery, but {galleries[0]} is: name the gallery first, then the queries"
+        )
     queries = pd.concat([extract.image_list(q, args.pattern, args.ids) for q in args.queries], ignore_index=True)
     queries = readable_images(queries, args.skip_bad)
     gallery = extract.open_gallery(args.gallery)
@@ -152,7 +173,7 @@ def export_parser() -> Parser:  # its flags
     add("--open-clip", metavar="DIR", help="write the image tower as an open_clip model (CLIP ViTs only)")
     text = "open_clip only: CLIP weights, a tag or a file, for the text tower; without it zeros"
     add("--text", metavar="NAME", help=text)
-    add("--tol", type=float, default=1e-5, metavar="X", help="largest difference from the network")
+    add("--tol", type=within(float, 0, 1), default=1e-5, metavar="X", help="largest difference from the network")
     add_network(parser)
     return parser
 
@@ -170,6 +191,7 @@ def export_main(
             raise ValueError("--with-preprocess is of --onnx, --text is of --open-clip: give that too, or leave it out")
         export = from_package("inference.export")
         backbone = open_network(args, parser)
+        print(from_package("backbones.weights").network_line(backbone, weights_text(args, backbone)))
         written = []
         if args.onnx:
             written.append(export.export_onnx(backbone, args.onnx, args.with_preprocess, tol=args.tol))
@@ -189,7 +211,7 @@ def explore_parser() -> Parser:  # its flags
     add = parser.add_argument
     add("run", help="run folder; one that is still training, too")
     add("--out", metavar="FILE", help="HTML file; without it figures/explorer.html in the run folder")
-    add("--budget", type=float, default=32.0, metavar="MB", help="MB that thumbnails may take; 0 = none")
+    add("--budget", type=within(float, 0), default=32.0, metavar="MB", help="MB that thumbnails may take; 0 = none")
     return parser
 
 # %% ../../nbs/cli/04_tools.ipynb #0eda1043

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
@@ -104,6 +105,7 @@ def _read_names(paths, spec):
     return _with_camids(rows if spec.junk is None else rows[rows["pid"] != spec.junk], spec)
 
 # %% ../../nbs/core/10_benchmarks.ipynb #913d1279
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 _UNKNOWN = ["", "-1", "-1.0", "nan", "none", "null", "n/a", "<na>", "#n/a", "unknown", "unidentified", "?"]
 
 
@@ -112,15 +114,18 @@ def dense_ids(
 ) -> pd.Series:  # int64; numbers stay, names become 0..n-1 in sorted order, unknown is -1
     "Integers for identities or cameras. Raises `ValueError` for floats that are no integers or too long to be exact."
     floats = values.dropna() if pd.api.types.is_float_dtype(values) else pd.Series(dtype=float)
-    text = values[values.notna()].astype(str).str.strip()
+    text = values[values.notna()].astype(str).map(lambda t: normalize("NFC", t.translate(_INVISIBLE)).strip())
     text = text[~text.str.lower().isin(_UNKNOWN) & (text != "NA")]
     bad = text[text.str.fullmatch(r"[+-]?\d+([.,]\d+)?[eE]\+?\d+")].tolist() + floats[floats % 1 != 0].tolist()
     bad += floats[floats.abs() >= 2**53].tolist()
     if bad:
         raise ValueError(f"id {bad[0]} is a rounded or broken number: keep ids as text or as integers")
     text = text.str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True)
-    if text.str.fullmatch(r"-?\d+").all() and all(-(2**63) <= int(t) < 2**63 for t in text):
-        codes = pd.Series([max(int(t), -1) for t in text], index=text.index, dtype="int64")
+    whole = text.str.fullmatch(r"-?\d+").all()
+    text = text[~text.str.startswith("-")] if whole else text
+    numbers = [int(t) for t in text] if whole else []
+    if whole and len(set(numbers)) == text.nunique() and max(numbers, default=0) < 2**63:  # 007 and 7 are two names
+        codes = pd.Series(numbers, index=text.index, dtype="int64")
     else:
         codes = pd.Series(pd.factorize(text, sort=True)[0], index=text.index)
     return codes.reindex(values.index, fill_value=-1).astype("int64")

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['has_nvidia_card', 'cuda_reason', 'cuda_problem', 'usable_devices', 'find_device', 'unused_card', 'device_text',
-           'autocast_dtype', 'precision_name', 'seeded', 'float32_rounding', 'rough_dtype', 'free_bytes']
+           'autocast_dtype', 'precision_name', 'seeded', 'float32_rounding', 'rough_dtype', 'free_bytes',
+           'lacks_memory']
 
 # %% ../../nbs/core/13_devices.ipynb #de000003
+import errno
 import os
 import re
 import warnings
@@ -194,3 +196,15 @@ def free_bytes(
         return 2**30
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
+
+# %% ../../nbs/core/13_devices.ipynb #0f8ca0c9
+_NO_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|DefaultCPUAllocator|Cannot allocate memory|bad_alloc", re.I)
+
+
+def lacks_memory(
+    error: BaseException,  # of any library
+) -> bool:  # True for the memory of the machine or of a card
+    "Whether an error says that memory was not enough"
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return not isinstance(error, (ValueError, LookupError)) and bool(_NO_MEMORY.search(str(error)))

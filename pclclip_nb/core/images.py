@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'readable_formats', 'image_suffixes', 'scaled_to_bytes', 'image_as_rgb', 'split_box', 'crop_box',
-           'RefusedImage', 'open_rgb', 'image_note', 'image_size', 'is_system', 'is_results', 'FoundImages',
-           'find_images', 'image_files']
+           'RefusedImage', 'open_rgb', 'image_note', 'image_size', 'FoundImages', 'find_images', 'image_files',
+           'check_result_folder']
 
 # %% ../../nbs/core/11_images.ipynb #c2f4053c
 import os
@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
 
-from .files import printable
+from .files import is_system, printable, result_kind
 
 # %% ../../nbs/core/11_images.ipynb #4abc69ea
 FORMATS = "JPEG MPO PNG WEBP TIFF BMP DIB GIF PPM JPEG2000 AVIF HEIF PCX SGI QOI TGA".split()
@@ -94,9 +94,7 @@ def crop_box(
     x, y, w, h = box
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, full[0]), min(y + h, full[1])
     if left >= right or top >= bottom:
-        raise ValueError(
-            f"the box {x}, {y}, {w}, {h} (x, y, w, h) lies outside the image of {full[0]}x{full[1]} pixels"
-        )
+        raise ValueError(f"the box {box} (x, y, w, h) lies outside the image of {full[0]}x{full[1]} pixels")
     scale_x, scale_y = image.width / full[0], image.height / full[1]
     start = (int(left * scale_x), int(top * scale_y))
     end = (max(start[0] + 1, round(right * scale_x)), max(start[1] + 1, round(bottom * scale_y)))
@@ -107,6 +105,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, appen
 warnings.filterwarnings("ignore", "Corrupt EXIF data", append=True)  # its pixels are read all the same
 _KINDS = {b"%!PS": "PostScript", b"\xc5\xd0\xd3\xc6": "PostScript", b"%PDF": "a PDF", b"<svg": "an SVG drawing"}
 _KINDS |= {b"\xd7\xcd\xc6\x9a": "a Windows metafile", b"<?xml": "XML", b"<!DO": "a web page", b"<htm": "a web page"}
+_KINDS |= {b"\xff\x0a": "a JPEG XL image: convert it", b"\0\0\0\x0cJXL": "a JPEG XL image: convert it"}
+_KINDS |= {b"II*\0": "a raw photograph: convert it", b"MM\0*": "a raw photograph: convert it"}
 _KINDS |= {b"PK\x03\x04": "a ZIP archive", b"version ht": "a git-lfs pointer", b"8BPS": "a Photoshop file"}
 
 
@@ -114,6 +114,8 @@ def _kind_of(start):
     "What the first bytes of a file that is no image say, in words"
     if start[4:8] == b"ftyp" and start[8:11] in (b"hei", b"hev", b"mif", b"msf"):
         return "an HEIC photograph: install pillow-heif, or convert it"
+    if start[4:8] == b"ftyp":
+        return "a film, or a raw photograph: take images out of it"
     return next((words for first, words in _KINDS.items() if start.startswith(first)), "no image")
 
 # %% ../../nbs/core/11_images.ipynb #a7c4bcba
@@ -135,9 +137,11 @@ class RefusedImage(OSError):
 def _open_bitmap(file):
     "An opened image, not yet decoded, and whether it is above Pillow's limit; raises OSError"
     if not stat.S_ISREG(os.stat(file).st_mode):
-        raise RefusedImage(f"{file} is no regular file (a folder, pipe, socket or device): give image files")
+        raise RefusedImage(f"{printable(file)} is no regular file (a folder, pipe, socket or device): give image files")
     try:
         return Image.open(file, formats=_to_open()), False
+    except (ValueError, SyntaxError) as e:
+        raise OSError(f"{file}: {e}") from e
     except UnidentifiedImageError as e:
         raise UnidentifiedImageError(f"cannot identify image file {file}: it is {_kind_of(_start(file))}") from e
     except Image.DecompressionBombError as e:
@@ -167,8 +171,7 @@ def _orientation(image):
 
 def open_rgb(
     path: str | Path,  # image file of one of `FORMATS`; may end in a box, see `split_box`
-    at_least: tuple[int, int]
-    | None = None,  # (width, height) in pixels that a reduced copy must keep; None = full size
+    at_least: tuple[int, int] | None = None,  # (width, height) that a reduced copy must keep; None = full size
 ) -> Image.Image:  # RGB, upright; only a JPEG is ever reduced, other formats keep their size
     "Open an image file. Raises `OSError` if it is missing, no image, too large or cut short, `ValueError` for a bad box."
     file, box = split_box(path)
@@ -221,29 +224,10 @@ def image_size(
         turn = _orientation(image)
         return image.size[::-1] if turn in (5, 6, 7, 8) else image.size
 
-# %% ../../nbs/core/11_images.ipynb #6d88c390
-_SYSTEM = "@eadir #recycle #snapshot @recycle __macosx $recycle.bin recycler lost+found __pycache__".split()
-_SYSTEM += ["system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"]
-_TEST_PICTURES = {"cmc.png", "strips.png"}
-
-
-def is_system(
-    name: str,  # of a file or folder
-) -> bool:  # True for .thumbnails, Thumbs.db and the like
-    "Whether a name is hidden, or one that an operating system or file manager makes"
-    return name.startswith(".") or name.lower() in _SYSTEM
-
-
-def is_results(
-    folder: str,  # path of the folder
-    names: set[str],  # of the files and folders in it
-) -> bool:  # True for a gallery, a run folder or a cache
-    "Whether a folder is a gallery, a run folder or a cache that this package wrote"
-    run = "config.json" in names and not names.isdisjoint({"history.csv", "last.pt", "images.csv"})
-    cache = os.path.basename(folder) == "decoded" and any(n.endswith(".npy") for n in names)
-    return run or cache or "gallery.json" in names
-
 # %% ../../nbs/core/11_images.ipynb #a9c571a4
+_CONVERT = dict.fromkeys((".heic", ".heif"), "install pillow-heif, or convert them")
+_CONVERT |= dict.fromkeys(".jxl .cr2 .cr3 .nef .arw .dng .raf .orf .rw2 .psd".split(), "convert them")
+_TEST_PICTURES = {"cmc.png", "strips.png"}
 _LEFT_OUT = {
     "hidden": ("hidden or system file", "hidden or system files"),
     "skipped": ("hidden or system folder", "hidden or system folders"),
@@ -290,8 +274,8 @@ class FoundImages:
         for reason, n in sorted((s, n) for s, n in self.left_out.items() if s not in suffixes[6:]):
             if reason in _LEFT_OUT:
                 said.append(f"{n} {_LEFT_OUT[reason][n > 1]} ({printable(os.path.basename(self.first[reason]))})")
-            elif reason in (".heic", ".heif"):
-                said.append(f"{n} {reason} (install pillow-heif, or convert them)")
+            elif reason in _CONVERT:
+                said.append(f"{n} {reason} ({_CONVERT[reason]})")
             else:
                 said.append(f"{n} {reason}" if reason else f"{n} without suffix")
         return said + ([f"{more} of {len(suffixes) - 6} other suffixes"] if more else [])
@@ -328,11 +312,12 @@ def _visit(walk, folder):
         walk.found.leave_out("unreadable", folder)
         return []
     names = {e.name for e in entries}
-    if folder != walk.root and is_results(folder, names):
+    kind = result_kind(folder, names)
+    if folder != walk.root and kind:
         walk.found.leave_out("results", folder)
         return []
     walk.real.add(os.path.realpath(folder))
-    own = _TEST_PICTURES if "scores.json" in names else {"figures"} if is_results(folder, names) else set()
+    own = _TEST_PICTURES if "scores.json" in names else {"figures"} if kind else set()
     below = []
     for entry in entries:
         if is_system(entry.name):
@@ -398,3 +383,17 @@ def image_files(
         there = f" (there are: {', '.join(found.words())})" if found.left_out else ""
         raise FileNotFoundError(f"folder {printable(folder)} holds no .jpg, .png or other image{there}: check the path")
     return found.files
+
+# %% ../../nbs/core/11_images.ipynb #8446e048
+def check_result_folder(
+    folder: str | Path,  # that will be written, there or not
+    kind: str,  # of the results, a word of `result_kind`
+) -> None:
+    "Raises `ValueError` if a folder holds results of another kind, or images, which results would hide"
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    there = result_kind(folder, names)
+    if there and there != kind:
+        raise ValueError(f"{folder} is a {there}, so it cannot be a {kind} too: choose another folder")
+    images = [n for n in names if os.path.splitext(n)[1].lower() in image_suffixes() and n not in _TEST_PICTURES]
+    if images and not there:
+        raise ValueError(f"{folder} holds images ({min(images)}), which a {kind} would hide: choose another folder")

@@ -9,6 +9,8 @@ __all__ = ['EPS_SLACK', 'check_jaccard_settings', 'check_neighbour_counts', 'job
            'label_components']
 
 # %% ../../nbs/core/06_jaccard.ipynb #5e47273a
+from numbers import Real
+
 import numpy as np
 from scipy.sparse import csr_array
 
@@ -23,14 +25,18 @@ def check_jaccard_settings(
     **counts: int,  # settings that must be whole numbers of at least 1, by their names
 ) -> None:
     "Raise a ValueError that names the first impossible setting"
-    for e in np.atleast_1d(eps):
+    for e in np.atleast_1d(eps).tolist():
+        if not isinstance(e, int | float):
+            raise ValueError(
+                f"eps = {e!r} is no number: pclclip_nb.labels.health.suggest_eps chooses one from features"
+            )
         if not 0 < e <= 1:
             raise ValueError(f"eps = {e} is outside (0, 1]: Jaccard distances lie there, try 0.4 to 0.7")
     if not np.size(eps):
         raise ValueError("eps is empty: give at least one radius in (0, 1]")
     for name, value in counts.items():
-        if value < 1 or value != int(value):
-            raise ValueError(f"{name} = {value} must be a whole number of at least 1")
+        if not isinstance(value, Real) or value < 1 or value % 1:
+            raise ValueError(f"{name} = {value!r} must be a whole number of at least 1")
 
 # %% ../../nbs/core/06_jaccard.ipynb #a8438b8b
 def check_neighbour_counts(

@@ -9,6 +9,7 @@ __all__ = ['split_home', 'folder_levels', 'clearly_identities', 'folder_ids', 'c
 # %% ../../nbs/core/12_own_images.ipynb #4e3ec9a7
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from .benchmarks import SPLITS, dense_ids, image_table, name_ids, split_meanings
-from .files import csv_rows, existing_path, printable
-from .images import FoundImages, find_images, image_suffixes, is_results, is_system
+from .files import csv_rows, existing_path, is_system, printable, result_kind
+from .images import FoundImages, find_images, image_suffixes
 
 # %% ../../nbs/core/12_own_images.ipynb #3d64778d
 def _subfolders(folder):
@@ -27,7 +28,7 @@ def _subfolders(folder):
             entries = list(scan)
     except OSError:
         return []
-    if is_results(str(folder), {e.name for e in entries}):
+    if result_kind(folder, (e.name for e in entries)):
         return []
     return sorted(e.name for e in entries if e.is_dir() and not is_system(e.name))
 
@@ -256,16 +257,12 @@ def _split_column(words, where):
 
 
 def _checked_rows(rows, where):
-    "Rows without exact copies; raises ValueError when a file is two individuals in one split"
+    "Rows without exact copies; raises ValueError when a file is two individuals, or of two cameras, in one split"
     rows = rows.drop_duplicates()
-    known = rows[rows["pid"] >= 0]
-    several = known[known.duplicated(["path", "split"], keep=False)]
-    for _, same in several.groupby(["path", "split"]):
-        if same["pid"].nunique() > 1:
-            places = " and ".join(where(i) for i in same.index[:2])
-            raise ValueError(
-                f"{same['path'].iloc[0]} shows two individuals ({places}): correct it, or add a column bbox"
-            )
+    for (path, _), same in rows[rows.duplicated(["path", "split"], keep=False)].groupby(["path", "split"]):
+        places = " and ".join(where(i) for i in same.index[:2])
+        what = "shows two individuals" if same["pid"].nunique() > 1 else "is of two cameras"
+        raise ValueError(f"{path} {what} ({places}): correct it, or add a column bbox")
     return rows
 
 # %% ../../nbs/core/12_own_images.ipynb #2c2d274b
@@ -274,9 +271,8 @@ def _csv_cells(file):
     header, rows = csv_rows(file)
     suffixes = {os.path.splitext(h)[1].lower() for h in header} - {""}
     if suffixes & image_suffixes():
-        raise ValueError(
-            f"{file} line 1 is no header ({', '.join(header)}): write path,pid,camid,split above it, or part of it"
-        )
+        cells = ", ".join(header)
+        raise ValueError(f"{file} line 1 is no header ({cells}): write path,pid,camid,split above it, or part of it")
     twice = sorted({h for h in header if h and header.count(h) > 1})
     if twice:
         raise ValueError(f"{file} has two columns called {twice[0]}: rename or remove one")
@@ -315,24 +311,28 @@ def _ids_of_column(file, columns, name):
 # %% ../../nbs/core/12_own_images.ipynb #a9b86914
 def read_image_list(
     csv: str | Path,  # file with a column path and, if known, pid, camid, split, bbox; other usual names will do
-    root: str | Path | None = None,  # folder that relative paths start from; default: the file's own
+    root: str | Path | None = None,  # of relative paths; None = the file's folder, the current one, or the one above
 ) -> pd.DataFrame:  # path, pid, camid, split; attrs["source"] says where the ids are from and what was not used
     "A CSV file as a table. Raises `ValueError` with file and line, `FileNotFoundError` if no image exists."
     file = Path(csv).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"CSV file {printable(file)} does not exist: check the path")
+        state = "is a folder: read_folder reads it" if file.is_dir() else "does not exist: check the path"
+        raise FileNotFoundError(f"CSV file {printable(file)} {state}")
     lines, columns, roles, unused = _csv_cells(file)
 
     def where(i):
         return f"{file} line {lines[i]}"
 
-    home = file.parent if root is None else Path(root).expanduser()
-    rows = {"path": [existing_path(home, p) for p in columns[roles["path"]]]}
-    gone = [p for p in rows["path"] if not os.path.exists(p)]
-    if len(gone) == len(lines):
-        raise FileNotFoundError(
-            f"{file}: none of its {counted(len(gone), 'image')} exists ({gone[0]}): give root, the folder that paths start from"
-        )
+    homes = [file.parent, Path.cwd(), file.parent.parent] if root is None else [Path(root).expanduser()]
+    for home in homes:
+        rows = {"path": [existing_path(home, p) for p in columns[roles["path"]]]}
+        gone = [p for p in rows["path"] if not os.path.exists(p)]
+        if len(gone) < len(lines):
+            break
+    else:
+        images = f"none of its {counted(len(lines), 'image')} exists ({columns[roles['path']][0]})"
+        places = " or ".join(dict.fromkeys(map(printable, homes)))
+        raise FileNotFoundError(f"{file}: {images} in {places}: correct the paths, or give root, where they start")
     if "bbox" in roles:
         rows["path"] = _boxed_paths(rows["path"], columns, roles["bbox"], where)
     rows |= {r: _ids_of_column(file, columns, roles[r]) if r in roles else -1 for r in ("pid", "camid")}
@@ -341,9 +341,7 @@ def read_image_list(
     kept = _checked_rows(rows.dropna(subset="split"), where)
     if kept.empty:
         raise ValueError(f"{file}: every row is of a split that is not used: use {', '.join(SPLITS)}")
-    left_out = pd.Series(columns[roles["split"]] if "split" in roles else "", rows.index)[
-        rows["split"].isna()
-    ].value_counts()
+    left_out = Counter(w for w, s in zip(columns.get(roles.get("split"), []), rows["split"]) if pd.isna(s))
     unused += [f"{counted(n, 'row')} of split {word}" for word, n in left_out.items()]
     copies = int(rows["split"].notna().sum()) - len(kept)
     unused += [f"{counted(copies, 'repeated row')}"] if copies else []
@@ -351,6 +349,7 @@ def read_image_list(
     origin = {r: f"column {roles[r]}" if r in roles else "" for r in ("pid", "camid")}
     read = [f"{r} from column {n if isinstance(n, str) else ' '.join(n)}" for r, n in roles.items() if n != r]
     read = [words for words in read if words.split()[0] not in origin]
+    read += [f"paths from {printable(home)}"] if home != homes[0] else []
     read += [f"missing: {counted(len(gone), 'file')} ({gone[0]})"] if gone else []
     table.attrs["source"] = {"of": "", "from": origin, "hint": "", "unused": unused, "read": read}
     return table
@@ -359,7 +358,7 @@ def read_image_list(
 def _integer_column(table, column):
     "A column of ids as int64; raises ValueError with its name"
     values = table[column] if column in table else pd.Series(-1, index=table.index)
-    if pd.api.types.is_integer_dtype(values) and not values.isna().any():
+    if pd.api.types.is_integer_dtype(values) and not values.isna().any() and values.max() < 2**63:
         return values.astype("int64")
     try:
         return dense_ids(values)
@@ -379,9 +378,8 @@ def as_table(
         )
         raise ValueError(f"the table {has}: it needs a column path, and a row for each image")
     if table["path"].isna().any():
-        raise ValueError(
-            f"row {table.index[table['path'].isna()][0]} of the table has no path: fill it in or drop the row"
-        )
+        row = table.index[table["path"].isna()][0]
+        raise ValueError(f"row {row} of the table has no path: fill it in or drop the row")
     paths = [os.fspath(p) for p in table["path"]]
     if bad := [p for p in paths if printable(p) != p]:
         raise ValueError(f"the file name {printable(bad[0])} is not UTF-8: rename the file")

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..backbones.create import load_backbone, load_published
-from ..backbones.weights import backbone_options, fingerprint, read_checkpoint, save_weights
+from ..backbones.weights import backbone_options, fingerprint, save_weights, stored_metadata, weights_file
 from ..batches.augmentation import Augment, backbone_device, image_norm, on_device
 from ..batches.loading import read_image
 from ..clip_backbone import extract_features
@@ -29,7 +29,7 @@ from ..core.benchmarks import name_ids
 from ..core.compute import ahead
 from ..core.devices import autocast_dtype
 from ..core.files import digest, read_list, reading_threads, save_arrays, save_json, write_whole
-from ..core.images import split_box
+from ..core.images import check_result_folder, split_box
 from ..core.own_images import as_table
 from ..data import check_images, read_csv, read_folder
 
@@ -64,19 +64,20 @@ def image_list(
         raise ValueError("no images are listed: give a folder, a list of files, or a table with a column path")
     listed = as_table(table if "split" in table else table.assign(split="gallery"))
     listed = listed.assign(path=[os.path.abspath(p) for p in listed["path"]])
-    return listed[["path", "pid", "camid", "split"]].drop_duplicates("path", ignore_index=True)
+    listed = listed[["path", "pid", "camid", "split"]].drop_duplicates("path", ignore_index=True)
+    listed.attrs = dict(table.attrs)
+    return listed
 
 # %% ../../nbs/inference/00_extract.ipynb #bd4f8a77
 def open_weights(
-    path: str | Path,  # best.safetensors of a run, or a published checkpoint
+    path: str | Path,  # weights of a run, its folder (the best, else the last), or a published checkpoint
     size: tuple[int, int] | None = None,  # (H, W), published checkpoints only; None = the file's
     **options,  # published checkpoints only: pooling, norm, …, see `pclclip_nb.backbones.create.load_published`
 ) -> nn.Module:  # in evaluation mode; .report lists what a published file held
     "The backbone in a file. Raises ValueError for an unknown file, or for options other than a file of ours has."
-    content = read_checkpoint(path)
-    if not content.get("metadata", {}).get("name"):
-        backbone, backbone.report = load_published(content, size, **options)
-        return backbone
+    path = weights_file(path)
+    if not stored_metadata(path).get("name"):
+        return load_published(path, size, **options)[0]
     backbone = load_backbone(path)
     other = {k: v for k, v in options.items() if getattr(backbone, k, backbone.options.get(k)) != v}
     other |= {"size": size} if size and tuple(size) != tuple(backbone.size) else {}
@@ -291,6 +292,7 @@ def extract(
     if min(batch_size, chunk) < 1:
         raise ValueError(f"batch_size {batch_size}, chunk {chunk}: both must be at least 1")
     folder = Path(folder).expanduser()
+    check_result_folder(folder, "gallery of features")
     listed = image_list(images)
     files = [split_box(p)[0] for p in listed.path]
     listed["bytes"] = [os.path.getsize(f) if os.path.exists(f) else -1 for f in files]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['drop_strangers', 'node_scores', 'information_nodes', 'camera_clusters', 'refine_by_camera', 'discard_share',
-           'camera_entropy_weights']
+           'camera_entropy_weights', 'standardize_cameras']
 
 # %% ../../nbs/labels/02_camera_refinement.ipynb #4ef7150d
 import warnings
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from scipy.special import entr
 
 from ..clustering import jaccard_graph, relabel
-from ..core.arrays import to_numpy, unit_rows
+from ..core.arrays import check_integers, to_numpy, unit_rows
 from ..core.compute import in_blocks, row_blocks, stage
 from ..core.neighbours import knn
 from .graph_clustering import average_linkage, infomap_labels, neighbour_cosines, similarity_links
@@ -25,7 +25,7 @@ def _ids(values, name, n=None):
     values = to_numpy(values)
     if n is not None and len(values) != n:
         raise ValueError(f"{n} images but {len(values)} {name}: give one of the {name} per image, in the same order")
-    return values.astype(np.int64)
+    return check_integers(values, len(values), name)
 
 # %% ../../nbs/labels/02_camera_refinement.ipynb #b5c9dd34
 def drop_strangers(
@@ -181,3 +181,28 @@ def camera_entropy_weights(
     counts = np.bincount(labels[known] * len(cameras) + camera, minlength=shape[0] * shape[1]).reshape(shape)
     p = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     return np.log1p(entr(p).sum(1)).astype(np.float32)
+
+# %% ../../nbs/labels/02_camera_refinement.ipynb #9767d602
+def standardize_cameras(
+    features: ArrayLike,  # (N, d) unit rows
+    camids: ArrayLike,  # (N,) cameras; -1 (unknown) counts as one camera
+    prior: float = 10,  # images of all cameras that each camera's statistics are mixed with, above 0
+) -> np.ndarray:  # (N, d) float32 unit rows
+    "Mean 0 and variance 1 for each feature within each camera, then unit rows. Raises ValueError on a bad shape or prior."
+    x = unit_rows(features)
+    camids = _ids(camids, "camids", len(x))
+    if not prior > 0:
+        raise ValueError(f"prior = {prior} must be above 0: a camera with one image has no variance of its own")
+    x = x.astype(np.float64)
+    mean = x.mean(0)
+    var = x.var(0)
+    floor = 1e-6 * var.mean() + 1e-12
+    out = np.empty(x.shape)
+    for camera in np.unique(camids):
+        rows = camids == camera
+        w = rows.sum() / (rows.sum() + prior)
+        own = x[rows]
+        centre = w * own.mean(0) + (1 - w) * mean
+        out[rows] = (own - centre) / np.sqrt(w * own.var(0) + (1 - w) * var + floor)
+    norms = np.linalg.norm(out, axis=1, keepdims=True)
+    return np.where(norms > 1e-6, out / np.maximum(norms, 1e-6), x).astype(np.float32)

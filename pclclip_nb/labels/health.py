@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 
 from ..clustering import dbscan, jaccard_graph, relabel
-from ..core.arrays import to_numpy, unit_rows
+from ..core.arrays import check_integers, to_numpy, unit_rows
 from ..core.neighbours import knn
 from .reports import label_scores
 
@@ -53,7 +53,7 @@ def _ids(values, name, n):
     values = to_numpy(values)
     if len(values) != n:
         raise ValueError(f"{n} labels but {len(values)} {name}: give one of the {name} per label")
-    return values.astype(np.int64)
+    return check_integers(values, n, name)
 
 # %% ../../nbs/labels/05_health.ipynb #6e696bb8
 def _camera_counts(labels, camids):

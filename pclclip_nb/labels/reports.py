@@ -16,14 +16,15 @@ from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 
 from ..clustering import relabel
-from ..core.arrays import to_numpy
+from ..core.arrays import check_integers, to_numpy
 
 # %% ../../nbs/labels/06_reports.ipynb #7ebf1768
 def _known_images(labels, pids):
     "(labels, pids), int64, of the images whose identity is known"
-    labels, pids = (to_numpy(ids).astype(np.int64) for ids in (labels, pids))
+    labels, pids = to_numpy(labels), to_numpy(pids)
     if len(labels) != len(pids):
         raise ValueError(f"{len(labels)} labels but {len(pids)} pids: give one pid per label")
+    labels, pids = check_integers(labels, len(labels), "labels"), check_integers(pids, len(pids), "pids")
     if not (pids >= 0).any():
         raise ValueError(f"none of the {len(pids)} pids is known: only `changed_clusters` works without identities")
     return labels[pids >= 0], pids[pids >= 0]

@@ -18,6 +18,7 @@ import anywidget
 import numpy as np
 import traitlets
 
+from ..clustering import relabel
 from ..core.files import write_whole
 from ..core.pictures import ACROSS, DOWN, image_paths, jpeg, thumbnail, thumbnail_sheets, tile_size
 from ..labels.reports import changed_clusters, epoch_caption, match_clusters, mixed_clusters
@@ -62,6 +63,11 @@ def _drawn_note(run):
     how = "A cluster keeps number and colour while most of its images stay; small dots are outliers."
     return f"{drawn} {how}"
 
+# %% ../../nbs/results/05_explorer.ipynb #c4500201
+def _small_ids(ids):
+    "Ids as int32, which JavaScript counts in; longer ones are numbered 0..n-1"
+    return (ids if ids.max(initial=-1) < 2**31 else relabel(ids)).astype(np.int32)
+
 # %% ../../nbs/results/05_explorer.ipynb #0ee31ec8
 _NO_IDENTITY = "No true identity is known, so mixed and split cannot be computed: see the changed clusters."
 
@@ -73,7 +79,7 @@ def explorer_data(
     dict, dict[str, np.ndarray]
 ]:  # what JSON can hold; rows, xy, labels, pids, camids and a palette per colouring
     "Everything the explorer shows except the images"
-    pids, camids = (run.images[k].to_numpy().astype(np.int32) for k in ("pid", "camid"))
+    pids, camids = (_small_ids(run.images[k].to_numpy()) for k in ("pid", "camid"))
     persons, cameras = (np.unique(x[x >= 0]) for x in (pids, camids))
     truth = [pids] if len(persons) else []
     followed = match_clusters(truth + list(run.labels)[::-1])[::-1]  # from the truth back to the beginning

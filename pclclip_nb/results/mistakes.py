@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from ..core.arrays import to_numpy
+from ..core.arrays import check_integers, to_numpy
 from ..core.pictures import show_image
 from ..eval_viz import Ranking, show_strips
 
@@ -190,10 +190,10 @@ def _labeling_arrays(images, cluster, labelings):
     "The labelings as integer arrays. Raises ValueError when there is none, or the cluster is not in the first."
     if not labelings:
         raise ValueError("no labelings: give at least one name and its labels")
-    arrays = [to_numpy(y).astype(np.int64) for y in labelings.values()]
-    for name, y in zip(labelings, arrays, strict=True):
+    for name, y in labelings.items():
         if len(y) != len(images):
             raise ValueError(f"'{name}' has {len(y)} labels for {len(images)} images: give one label per image")
+    arrays = [check_integers(y, len(images), f"labels of '{name}'") for name, y in labelings.items()]
     if cluster < 0 or not (arrays[0] == cluster).any():
         raise ValueError(f"'{next(iter(labelings))}' has no cluster {cluster}: give one of its labels, 0 or more")
     return arrays

@@ -61,7 +61,8 @@ def run_file(
     "A file of a run. Raises FileNotFoundError when the folder is no run folder."
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: give the folder of a training run")
+        where = "" if folder.is_absolute() else f" in {Path.cwd()}"
+        raise FileNotFoundError(f"no folder {folder}{where}: give the folder of a training run")
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder} has no {name} ({what}): give the folder of a training run")
     return folder / name

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..backbones.batch_norm import pool_bn, set_bn_chunks, set_domain_bn
+from ..backbones.batch_norm import keep_trunk_statistics, pool_bn, set_bn_chunks, set_domain_bn
 from ..backbones.resnet import set_channels_last
 from ..core.attention import set_grad_checkpoint
 from ..core.devices import seeded
@@ -126,6 +126,7 @@ def prepare_network(
         pool_bn(backbone)
     if cfg.domain_bn:
         set_domain_bn(backbone)
+    keep_trunk_statistics(backbone, None if cfg.trunk_bn == "kept" else ())
     set_grad_checkpoint(backbone, cfg.grad_checkpoint)
     set_channels_last(backbone)
 
@@ -197,10 +198,11 @@ def epoch_random_state(
 # %% ../../nbs/training/05_run.ipynb #14f6a725
 def keep_first_weights(
     run: Run,  # writes `start.pt` in its folder
+    anew: bool = False,  # also where the file exists
 ) -> None:
     "Write the first weights, if the run will restart from them"
     path = run.folder / "start.pt"
-    if run.cfg.restart_epoch and not run.history and not path.exists():
+    if run.cfg.restart_epoch and not run.history and (anew or not path.exists()):
         run.process.from_main(lambda: write_whole(path, lambda p: torch.save(run.backbone.state_dict(), p)))
 
 # %% ../../nbs/training/05_run.ipynb #c4be4085

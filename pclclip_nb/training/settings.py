@@ -9,10 +9,16 @@ __all__ = ['GROUPS', 'SettingsGroup', 'Labels', 'Refinement', 'Schedule', 'Batch
 # %% ../../nbs/training/00_settings.ipynb #24be62e6
 import math
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/training/00_settings.ipynb #80f3f5d5
+_LEAST = dict.fromkeys("seed iters min_size eps_gap bias_lr warmup_epochs keep_features milestones".split(), 0)
+_LEAST |= {"restart_milestones": 0, "warmup_from": 0, "accumulate": 1}
+_MOST = {"seed": 2**32 - 1, "warmup_from": 1}
+
+
 class SettingsGroup:
     "Settings that are checked when they are made"
 
@@ -28,8 +34,24 @@ class SettingsGroup:
         "The rule of a field that is one of some words"
         return name, getattr(self, name) in words, " or ".join(map(repr, words))
 
+    def number_rules(self) -> list[tuple[str, bool, str]]:  # see `rules`
+        "The rule of every number: finite, whole where the default is, and in a range that computers count in"
+        rules = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            low = _LEAST.get(f.name, -(2**31))
+            high = _MOST.get(f.name, 2**31 - 1)
+            whole = type(f.default) in (int, tuple)
+            for number in value if isinstance(value, tuple) else [value]:
+                if isinstance(number, str | bool) and not whole:
+                    continue
+                right = isinstance(number, Integral if whole else Real)
+                what = f"a {'whole ' * whole}number from {low} to {high}"
+                rules.append((f.name, right and low <= number <= high, what))
+        return rules
+
     def __post_init__(self):
-        for name, right, rule in self.rules():
+        for name, right, rule in (rule for rules in (self.number_rules, self.rules) for rule in rules()):
             if not right:
                 raise ValueError(f"{name} = {getattr(self, name)!r} must be {rule}")
 
@@ -49,6 +71,7 @@ class Labels(SettingsGroup):
     min_sim: float = 0.5  # infomap: least cosine similarity of a link
     min_size: int = 4  # infomap: clusters of up to so many images are outliers
     n_clusters: int = 1200  # average: how many clusters to stop at
+    camera_norm: bool = False  # standardize features within each camera before they are clustered
 
     def rules(self) -> list[tuple[str, bool, str]]:  # field, whether its value is right, what would be right
         "The rules of clustering"
@@ -159,6 +182,8 @@ class Memory(SettingsGroup):
     triplet: float = 0.0  # with true pids: weight of the soft-margin triplet loss
     bn_chunks: int = 1  # parts of a batch with batch-norm statistics of their own; 4 = a run on 4 GPUs
     domain_bn: bool = False  # with a source data set: batch norm of its own for source and target
+    trunk_bn: str = "moving"  # batch-norm statistics of a pretrained trunk: moving (learnt on) or kept (as in its file)
+    standardize: bool = False  # necks start with mean and variance of the training images
 
     def rules(self) -> list[tuple[str, bool, str]]:  # field, whether its value is right, what would be right
         "The rules of memory and losses"
@@ -177,6 +202,11 @@ class Memory(SettingsGroup):
              "False unless memory is 'hybrid': every other memory takes its features anew"),
             ("bn_chunks", self.bn_chunks == 1 or not self.domain_bn,
              "1 with domain_bn: it splits the batch in its own way"),
+            self.one_of("trunk_bn", "moving", "kept"),
+            ("trunk_bn", self.trunk_bn == "moving" or not self.domain_bn,
+             "'moving' with domain_bn: each domain learns statistics of its own"),
+            ("standardize", not (self.standardize and self.domain_bn),
+             "False with domain_bn: each domain has necks of its own"),
         ]  # fmt: skip
 
 # %% ../../nbs/training/00_settings.ipynb #ac1a6bfd
@@ -265,6 +295,7 @@ class TrainConfig(RunOptions, Optim, Memory, Batches, Schedule, Refinement, Labe
         parts = self.accumulate
         corrected = "glc" not in self.refiners or self.glc_start <= self.epochs or not self.epochs
         return [rule for group in GROUPS for rule in group.rules(self)] + [
+            ("camera_norm", not (true_ids and self.camera_norm), "off with true pids: nothing is clustered"),
             ("clusterer", true_ids or not supervised,
              "'pids' when id_loss or triplet is above 0: these losses need true identities"),
             ("memory", self.memory != "hybrid" or not true_ids,
