@@ -18,9 +18,11 @@ from pathlib import Path
 import pandas as pd
 
 from .flags import Parser, add_backbone, add_data, add_settings, chosen_device, from_package
-from .flags import make_backbone, read_table, run_command, run_lines, settings
+from .flags import fill_own, make_backbone, read_table, run_command, run_lines, settings
+from .flags import within
 from .published_words import add_published, add_recipe, parse
 from ..core.files import save_arrays, save_json
+from ..core.images import check_result_folder
 from ..data import read_dataset, readable_images, source_line
 from ..experiments.recipes import Recipe, recipe_table
 from ..training.settings import TrainConfig, decoded_dir
@@ -29,7 +31,7 @@ from ..training.settings import TrainConfig, decoded_dir
 def recipes_parser() -> Parser:  # its flags
     "Flags of `pclclip_recipes`"
     parser = Parser("pclclip_recipes", "The published experiments that pclclip_train --recipe runs")
-    parser.add_argument("words", nargs="*", help="only rows whose name holds all of these")
+    parser.add_argument("words", nargs="*", help="only rows whose name has parts that begin with these")
     return parser
 
 # %% ../../nbs/cli/02_main.ipynb #6b2b54b8
@@ -40,7 +42,7 @@ def recipes_main(
 
     def show(args):
         table = recipe_table().reset_index().set_index("recipe")
-        table = table[[all(word in name for word in args.words) for name in table.index]]
+        table = table[[all(f"-{word}" in f"-{name}" for word in args.words) for name in table.index]]
         if table.empty:
             raise ValueError(f"no recipe has {' and '.join(args.words)} in its name: pclclip_recipes lists all")
         print(table.to_string(max_colwidth=40))
@@ -54,18 +56,25 @@ def test_parser() -> Parser:  # its flags
     add_data(parser)
     parser.set_defaults(height=None, width=None)  # those of the weights
     add = parser.add_argument_group("Test").add_argument
-    weights = "weights: best.safetensors of a run, or a published checkpoint"
+    weights = "weights of a run, its folder (best.safetensors, else last.safetensors), or a published checkpoint"
     add("--resume", required=True, metavar="FILE", help=weights)
-    add("-b", "--batch-size", type=int, default=256, metavar="N", help="images at a time")
-    add("-j", "--workers", type=int, default=0, metavar="N", help="threads that read images, 0 = one per core")
+    add("-b", "--batch-size", type=within(int, 1), default=256, metavar="N", help="images at a time")
+    add(
+        "-j",
+        "--workers",
+        type=within(int, 0),
+        default=0,
+        metavar="N",
+        help="threads that read images, 0 = one per core",
+    )
     add("--skip-bad", action="store_true", help="leave unreadable images out instead of stopping")
     add("--logs-dir", metavar="DIR", help="folder for scores.json, cmc.png and strips.png; without it none are written")
     add = parser.add_argument_group("Re-ranking").add_argument
     add("--rerank", action="store_true", help="score k-reciprocal re-ranking as well as the plain distances")
-    add("--k1", type=int, default=20, metavar="N", help="of --rerank: neighbours that vote")
-    add("--k2", type=int, default=6, metavar="N", help="of --rerank: rows averaged, 1 = none")
+    add("--k1", type=within(int, 1), default=20, metavar="N", help="of --rerank: neighbours that vote")
+    add("--k2", type=within(int, 1), default=6, metavar="N", help="of --rerank: rows averaged, 1 = none")
     share = "of --rerank: share of the plain distance"
-    add("--lambda", type=float, default=0.3, dest="lambda_value", metavar="X", help=share)
+    add("--lambda", type=within(float, 0, 1), default=0.3, dest="lambda_value", metavar="X", help=share)
     return parser
 
 # %% ../../nbs/cli/02_main.ipynb #69b9224a
@@ -78,14 +87,14 @@ def run_test(
         raise ValueError(f"height {args.height} and width {args.width}: give both or neither")
     table = read_table(args)
     print(source_line(table))
-    file = Path(args.resume)
+    file = from_package("backbones.weights").weights_file(args.resume)
     if not testing.has_test(table):
         raise ValueError(f"{args.data_dir} has no query and gallery: there is nothing to test on")
     if sentence := testing.unmatched_queries(table, args.dataset):
         print(sentence)
     table = readable_images(table[table.split != "train"], args.skip_bad)
     size = (args.height, args.width) if args.height else None
-    backbone = from_package("inference.extract").open_weights(args.resume, size)
+    backbone = from_package("inference.extract").open_weights(file, size)
     backbone.to(chosen_device(args.device))
     print(from_package("backbones.weights").network_line(backbone, backbone.report.line(), features="fp32"))
     qf, gf = testing.query_gallery_features(backbone, table, args.workers, progress=True, batch_size=args.batch_size)
@@ -117,7 +126,7 @@ def train_parser() -> Parser:  # its flags
     resume = "go on from the run folder's last.pt, or from FILE"
     add("--resume", nargs="?", const=True, default=False, metavar="FILE", help=resume)
     often = "test the start, every so many epochs, and after the last; 0 = never"
-    add("--eval-step", type=int, default=10, metavar="N", help=often)
+    add("--eval-step", type=within(int, 0), default=10, metavar="N", help=often)
     for add_flags in (add_data, add_backbone, add_settings, add_published):
         add_flags(parser)
     return parser
@@ -348,8 +357,12 @@ def run_training(
             f"{recipe.name} refines by what {recipe.labels_from} leaves: give its camera_labels.csv as --camera-labels, "
             "or 'none' to cluster each camera with the same features"
         )
-    cfg = settings(args)
+    check_result_folder(args.logs_dir, "run folder")
     table = read_table(args)
+    if args.recipe == "own":
+        for note in fill_own(args, (table.split == "train").sum()):
+            print(f"note: {note}")
+    cfg = settings(args)
     work = train_by_camera if args.per_camera else train_and_test
     work(args, recipe, cfg, table)
 

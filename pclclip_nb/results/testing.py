@@ -21,35 +21,51 @@ from ..batches.loading import Files, decoded, test_loader
 from ..clip_backbone import extract_features
 from ..core.benchmarks import SPECS
 from ..core.files import save_json
+from ..core.own_images import as_table, counted
 from ..data import check_protocol
 from ..eval_viz import Ranking, evaluate, plot_cmc, rank_gallery, show_strips
 
 # %% ../../nbs/results/03_testing.ipynb #018abe9a
 def split_rows(
-    table: pd.DataFrame,  # data set with a column `split`
+    table: pd.DataFrame,  # data set, as `pclclip_nb.core.own_images.as_table` takes it
     name: str,  # train, query or gallery
-) -> pd.DataFrame:  # its rows, index from 0
-    "The rows of one split, in table order"
-    return table[table.split == name].reset_index(drop=True)
+) -> pd.DataFrame:  # its rows in normal form, index from 0
+    "The rows of one split, in table order. Raises ValueError for a table that lacks paths, or holds broken ids."
+    table = as_table(table)
+    return table[table["split"] == name].reset_index(drop=True)
 
 # %% ../../nbs/results/03_testing.ipynb #e7e3283c
 def has_test(
-    table: pd.DataFrame,  # data set with a column `split`
+    table: pd.DataFrame,  # data set; without a column `split` all its images are training images
 ) -> bool:  # whether it can be tested on
-    "Whether a table has query and gallery images"
-    return {"query", "gallery"} <= set(table.split)
+    "Whether a table has query and gallery images. Raises ValueError as `split_rows` does."
+    return {"query", "gallery"} <= set(as_table(table)["split"])
 
 # %% ../../nbs/results/03_testing.ipynb #30a54148
+_WAYS_OUT = {
+    "pid unknown": "a test needs identities, from file names, folders or a column pid",
+    "pid not in gallery": "query and gallery need images of the same identities; compare how both name them",
+    "only in the same camera": "leave the cameras out (camid -1), then images of one camera are compared",
+}
+
+
 def unmatched_queries(
     table: pd.DataFrame,  # data set with `query` and `gallery`
     dataset: str = "",  # its name; that of a benchmark tells how its identities are numbered
 ) -> str:  # one sentence; empty if every query has a match
-    "The queries that cannot count, and why; warns as `pclclip_nb.data.check_protocol` does"
+    "The queries that cannot count, and why; warns as `check_protocol` does. Raises ValueError if none can count."
+    table = as_table(table)
     unmatched = check_protocol(table, dataset if dataset in SPECS else None)
     if unmatched.empty:
         return ""
-    reasons = ", ".join(f"{n} {why}" for why, n in unmatched.reason.value_counts().items())
-    return f"{len(unmatched)} queries have no match and will not count: {reasons}"
+    counts = unmatched["reason"].value_counts()
+    reasons = ", ".join(f"{n} {why}" for why, n in counts.items())
+    queries = int((table["split"] == "query").sum())
+    if len(unmatched) == queries:
+        raise ValueError(
+            f"none of {counted(queries, 'query image')} has a match ({reasons}): {_WAYS_OUT[counts.idxmax()]}"
+        )
+    return f"{len(unmatched)} of {queries} queries have no match and will not count: {reasons}"
 
 # %% ../../nbs/results/03_testing.ipynb #564fbec9
 def query_gallery_features(
@@ -63,8 +79,9 @@ def query_gallery_features(
     cache: float = 10.0,  # GB that they may take there; if they take more, they are decoded in each call
 ) -> tuple[Tensor, Tensor]:  # (Q, d) and (G, d) features, in table order
     "Features of query and gallery. Raises ValueError when the table has no test images or the backbone tells no size."
+    table = as_table(table)
     if not has_test(table):
-        splits = sorted(set(table.split))
+        splits = sorted(set(table["split"]))
         raise ValueError(f"the table has the splits {splits}: a test needs query and gallery images with known pid")
     if not hasattr(backbone, "size"):
         raise ValueError("the backbone has no attribute size: set it to (height, width) of its input images")

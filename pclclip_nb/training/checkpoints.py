@@ -24,11 +24,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..backbones.batch_norm import drop_source
+from ..backbones.batch_norm import drop_source, keep_trunk_statistics, kept_norms
 from ..backbones.weights import save_weights
-from ..core.devices import autocast_dtype
+from ..core.devices import autocast_dtype, lacks_memory
 from ..core.files import digest, save_arrays, save_json, write_whole
 from ..labels.choice import kept_epoch, out_of_patience, state_numbers
+from ..core.images import check_result_folder
 from ..memory_loss import ClusterMemory
 from .epoch_inputs import run_features
 from .losses import HybridMemory
@@ -101,6 +102,8 @@ def _read_checkpoint(path):
                 raise zipfile.BadZipFile(f"wrong checksum in {bad}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:
+        if lacks_memory(err):
+            raise
         raise _Damaged(
             f"{path} is damaged or not a checkpoint of pclclip_nb ({type(err).__name__}: {str(err).splitlines()[0]}): "
             "pass the last.pt of a run"
@@ -154,6 +157,7 @@ def open_run(
 ) -> dict | None:  # state to resume from; None = a fresh run
     "Make or reopen a run folder. Raises ValueError if it holds a run and `resume` is False."
     run_dir = Path(run_dir)
+    check_result_folder(run_dir, "run folder")
     saved = saved_checkpoints(run_dir) if resume in (True, False) else [Path(resume)]
     if not resume and saved:
         raise ValueError(f"{run_dir} holds a run already: resume it, or choose another folder")
@@ -282,6 +286,7 @@ def save_run(
     state = {"format": 2, "history": run.history, "config": asdict(run.cfg), "images": images_digest(run.images)}
     state |= {"source": source_digest(run), "precision": run.stepper.precision}
     state |= {name: part.state_dict() for name, part in run.parts().items()}
+    state["kept_norms"] = kept_norms(run.backbone)
     if run.frozen is not None:
         state["frozen"] = run.frozen
     if epoch is not None:
@@ -328,6 +333,7 @@ def restore_run(
     for name, part in run.parts().items():
         if name in state:  # a checkpoint of an older version has no scaler
             part.load_state_dict(state[name])
+    keep_trunk_statistics(run.backbone, state.get("kept_norms", ()))  # an older checkpoint kept none
     match_layout(run.stepper.optimizer)
     within = state.get("within")
     return EpochState(**within | {"labels": within["labels"].numpy()}) if within else None
