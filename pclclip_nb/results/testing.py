@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['split_rows', 'has_test', 'unmatched_queries', 'query_gallery_features', 'rank_table', 'score_backbone',
-           'headline_scores', 'scores_text', 'ranking_text', 'example_queries', 'write_test_files']
+           'headline_scores', 'scores_text', 'ranking_text', 'example_queries', 'write_test_files', 'gain_error',
+           'test_words']
 
 # %% ../../nbs/results/03_testing.ipynb #165aa890
 from pathlib import Path
@@ -180,3 +181,40 @@ def write_test_files(
     strips.savefig(folder / "strips.png", dpi=100, bbox_inches="tight")
     plt.close(ax.figure)
     plt.close(strips)
+
+# %% ../../nbs/results/03_testing.ipynb #clos0001
+def gain_error(
+    ap: np.ndarray,  # (Q,) average precision of the queries; nan where one does not count
+    start: Path,  # file of what they were at the start, see `epoch_report`
+) -> dict[str, float]:  # mAP_error; empty if the start was not tested, or on other queries
+    "Standard error of the mAP that was gained from the start, query by query"
+    before = np.load(start)["ap"] if start.exists() else np.empty(0)
+    if len(before) != len(ap):
+        return {}
+    gain = (ap - before)[~np.isnan(ap - before)]
+    return {"mAP_error": float(gain.std(ddof=1) / len(gain) ** 0.5)} if len(gain) > 1 else {}
+
+# %% ../../nbs/results/03_testing.ipynb #clos0004
+def test_words(
+    history: pd.DataFrame,  # a row per epoch, with mAP, and mAP_error from `gain_error`
+    kept: int,  # epoch of best.safetensors
+) -> tuple[str, bool]:  # sentences; whether the run surely helped
+    "What the test says of a run: against the start, and how sure that is"
+    tested = history.dropna(subset="mAP").set_index("epoch")
+    if 0 not in tested.index:
+        return "The start was not tested, so the test does not say whether the run helped.", False
+    if len(tested) == 1:
+        return f"No epoch was tested, only the start (mAP {100 * tested.mAP[0]:.1f}).", False
+    trained = tested.drop(0)
+    epoch = kept if kept in trained.index else trained.mAP.idxmax()
+    gain = 100 * (trained.mAP[epoch] - tested.mAP[0])
+    scores = f"mAP {100 * tested.mAP[0]:.1f} at the start, {100 * trained.mAP[epoch]:.1f} after epoch {epoch}"
+    last = trained.index[-1]
+    scores += f", {100 * trained.mAP[last]:.1f} after the last" if last != epoch else ""
+    margin = 200 * tested.mAP_error[epoch] if "mAP_error" in tested else np.nan
+    if abs(gain) <= margin:
+        chance = f"with these queries chance makes differences of up to {margin:.1f} points"
+        return f"Whether the run helped is not sure: {scores}, and {chance}.", False
+    verdict = "The run helped" if gain > 0 else "The run did not help, it made the network worse"
+    sure = f"; with these queries chance makes differences of up to {margin:.1f} points" if margin > 0 else ""
+    return f"{verdict}: {scores}{sure}.", gain > 0

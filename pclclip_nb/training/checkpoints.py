@@ -213,7 +213,7 @@ def rate_state(
         features = run_features(run)
     camids = run.images.camid.to_numpy()
     numbers = run.process.from_main(lambda: state_numbers(features, camids, cfg.k1, cfg.k2, cfg.min_samples))
-    run.history[-1] |= {f"quality_{name}": value for name, value in numbers.items()}
+    run.history[-1] |= {f"quality_{name}": float(value) for name, value in numbers.items()}
     run.process.from_main(lambda: save_best(run))
 
 # %% ../../nbs/training/07_checkpoints.ipynb #sbest017
