@@ -43,7 +43,7 @@ def demo_parser() -> Parser:  # its flags
     add = parser.add_argument
     add("--logs-dir", default="runs/demo", metavar="DIR", help="run folder; the images go to its folder data")
     add("--seed", type=within(int, 0, 2**32 - 1), default=1, metavar="N", help="of data and training")
-    add("--ids", type=within(int, 32, 9999), default=100, metavar="N", help="training identities, at least 32")
+    add("--ids", type=within(int, 16, 9999), default=100, metavar="N", help="training identities, at least 16")
     add("--camera-shift", type=within(float, 0, 9), default=1.0, metavar="X", help="how far the cameras differ")
     add(
         "--epochs",

@@ -161,6 +161,7 @@ def epoch_report(
             print(f"epoch   0  the start  {testing.scores_text(scores)}", flush=True)
             return scores | error
         line = f"epoch {epoch:3d}  clusters {row['clusters']}  outliers {row['outliers']}"
+        line += f"  eps {row['eps']:g}  k1 {row['k1']}" if cfg.eps == "auto" and "eps" in row else ""
         line += f"  ARI {row['ari']:.2f}" if "ari" in row else ""
         print(f"{line}  loss {row['loss']:.3f}  {testing.scores_text(scores)}".rstrip(), flush=True)
         if recipe and epoch in recipe.log.get("clusters", {}):
@@ -360,7 +361,7 @@ def run_training(
     check_result_folder(args.logs_dir, "run folder")
     table = read_table(args)
     if args.recipe == "own":
-        for note in fill_own(args, (table.split == "train").sum()):
+        for note in fill_own(args, int((table.split == "train").sum())):
             print(f"note: {note}")
     cfg = settings(args)
     work = train_by_camera if args.per_camera else train_and_test

@@ -350,8 +350,7 @@ def own_settings(
     **given,  # fields of `TrainConfig` that are not to be chosen
 ) -> TrainConfig:  # what the run is trained with
     "The settings of `--recipe own`. Raises ValueError for an unknown setting, or one out of range."
-    small = n_images < 400
-    k = given.get("num_instances", OWN_SETTINGS.num_instances // (1 + small))
+    k = given.get("num_instances", OWN_SETTINGS.num_instances // (2 if n_images < 400 else 1))
     size = given.get("batch_size", OWN_SETTINGS.batch_size // OWN_SETTINGS.num_instances * k)
     if "num_instances" not in given:
         k = max(i for i in range(1, k + 1) if size % i == 0)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['run_images', 'decode_images', 'gather_batches', 'images_in_order', 'run_features', 'standardize_start',
-           'epoch_features', 'cluster_images', 'label_images', 'keep_frozen', 'source_centroids', 'epoch_memory',
-           'sampler_labels', 'epoch_sampler', 'steps_per_pass', 'epoch_loader']
+           'epoch_features', 'cluster_images', 'labels_before', 'label_images', 'keep_frozen', 'source_centroids',
+           'epoch_memory', 'sampler_labels', 'epoch_sampler', 'steps_per_pass', 'epoch_loader']
 
 # %% ../../nbs/training/06_epoch_inputs.ipynb #8dd78935
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from ..labels.health import cluster_report
 from ..memory_loss import ClusterMemory, cluster_centroids
 from .epoch_labels import label_features, pseudo_labels, search_features
 from .epoch_labels import settings_refiners, true_labels, with_radius
+from .epoch_labels import MadeLabels, check_epoch_labels, cluster_features, label_row
+from .epoch_labels import refine_labels, search_features, settings_refiners, true_labels
 from .losses import HybridMemory
 from .processes import Processes
 from .run import EpochState, Run, keep_first_weights
@@ -120,38 +123,43 @@ def cluster_images(
     number: int,  # of the epoch, 1-based
     features: Tensor | None,  # (N, d); None for true identities
     progress: bool = False,  # show bars
-) -> tuple[np.ndarray, dict]:  # (N,) labels, -1 = outlier; radius and neighbours of DBSCAN
-    "New labels from features. Raises ValueError when there is nothing to train on."
-    camids = run.images.camid.to_numpy()
+) -> MadeLabels:  # by the clusterer and the refiners that are due, or the true identities
+    "New labels from features, not checked yet"
     if run.cfg.clusterer == "pids" and run.clusterer is None:
-        return true_labels(run.images.pid.to_numpy()), {}
+        return MadeLabels(true_labels(run.images.pid.to_numpy()))
+    camids = run.images.camid.to_numpy()
     features = search_features(label_features(features, camids, run.cfg), run.device, run.clusterer, run.refiners)
-    plain = replace(run.cfg, camera_norm=False)
-    by_radius = run.cfg.clusterer == "dbscan" and run.clusterer is None
-    cfg = with_radius(plain, features, camids) if by_radius else plain
+    made = cluster_features(features, camids, run.cfg, run.clusterer)
+    cfg = replace(run.cfg, k1=made.settings.get("k1", run.cfg.k1))  # the k1 that was chosen
     glc = dict(device=run.device, progress=progress)
     due = settings_refiners(cfg, number, run.camera_clusters, **glc) if run.refiners is None else run.refiners
-    labels = pseudo_labels(features, camids, cfg, run.clusterer, due)
-    return labels, {"eps": cfg.eps, "k1": cfg.k1} if by_radius else {}
+    return refine_labels(made, features, camids, due)
 
 # %% ../../nbs/training/06_epoch_inputs.ipynb #b2bfe440
+def labels_before(
+    run: Run,  # state of the run
+    number: int,  # of an epoch, 1-based
+) -> np.ndarray | None:  # (N,) labels, -1 = outlier; None if the run folder has none
+    "Stored labels of the epoch before"
+    file = Path(run.folder or "") / "labels" / f"epoch_{number - 1:03d}.npz"
+    return np.load(file)["labels"] if run.folder and number > 1 and file.exists() else None
+
+
 def label_images(
     run: Run,  # state of the run
     number: int,  # of the epoch, 1-based
     features: Tensor | None,  # (N, d); None for true identities
     progress: bool = False,  # show bars
 ) -> tuple[np.ndarray, dict]:  # (N,) labels, -1 = outlier; what the history says of them
-    "Labels of an epoch, new or kept"
+    "Labels of an epoch, new or kept. Raises ValueError when there is nothing to train on."
     first, last = run.cfg.frozen or (0, -1)
-    if first <= number <= last:
-        labels, chosen = run.frozen["labels"].numpy(), {}
-    else:
-        labels, chosen = cluster_images(run, number, features, progress)
+    kept = first <= number <= last
+    made = MadeLabels(run.frozen["labels"].numpy()) if kept else cluster_images(run, number, features, progress)
     pids = run.images.pid.to_numpy()
-    report = cluster_report(labels, run.images.camid.to_numpy(), pids if (pids >= 0).all() else None)
-    row = {"clusters": report["n_clusters"], "outliers": report["n_outliers"], "largest": report["largest_share"]}
-    scores = ("ARI", "NMI", "purity", "precision", "recall", "F")
-    return labels, row | chosen | {name.lower(): report[name] for name in scores if name in report}
+    known = pids if (pids >= 0).all() else None
+    report = cluster_report(made.labels, run.images.camid.to_numpy(), known, made.graph)
+    report = check_epoch_labels(made, report, run.cfg, run.history, labels_before(run, number))
+    return made.labels, label_row(report, made)
 
 # %% ../../nbs/training/06_epoch_inputs.ipynb #eaa174f9
 def keep_frozen(

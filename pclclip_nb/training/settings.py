@@ -46,7 +46,7 @@ class SettingsGroup:
                 if isinstance(number, str | bool) and not whole:
                     continue
                 right = isinstance(number, Integral if whole else Real)
-                what = f"a {'whole ' * whole}number from {low} to {high}"
+                what = "at least 1" if low == 1 else f"a {'whole ' * whole}number from {low} to {high}"
                 rules.append((f.name, right and low <= number <= high, what))
         return rules
 
