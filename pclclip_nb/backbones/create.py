@@ -306,7 +306,9 @@ def usual_size(
             return tuple(map(int, meta["size"].split("x")))
     if cls is TimmBackbone:
         arch = name.removeprefix("timm/")
-        tag = f".{pretrained}" if isinstance(pretrained, str) and timm.is_model_pretrained(f"{arch}.{pretrained}") else ""
+        tag = (
+            f".{pretrained}" if isinstance(pretrained, str) and timm.is_model_pretrained(f"{arch}.{pretrained}") else ""
+        )
         return tuple(timm.get_pretrained_cfg(arch + tag).input_size[1:])
     if cls in (ResNetBackbone, ViTBackbone):
         return (224, 224) if cls is ResNetBackbone else (256, 128)

@@ -347,7 +347,11 @@ def fill_own(
         before = _json_of(folder / "experiment.json") if begun else {}
         name = network_name(args)
         usual = from_package("backbones.create").usual_size
-        size = (before["height"], before["width"]) if "height" in before else usual(name, start_weights(name, args.pretrained))
+        size = (
+            (before["height"], before["width"])
+            if "height" in before
+            else usual(name, start_weights(name, args.pretrained))
+        )
         args.height, args.width = size
         words.append(f"images of {size[0]}×{size[1]}, the size that {name} knows (--height and --width change it)")
     return words

@@ -125,7 +125,17 @@ def recipe_flags(
     }  # fmt: skip
 
 # %% ../../nbs/cli/01_published_words.ipynb #own00012
-_PUBLISHED_WORDS = ("step_size", "features", "dropout", "print_freq", "hw_ratio", "config_file", "pairs", "source_dataset", "per_camera")
+_PUBLISHED_WORDS = (
+    "step_size",
+    "features",
+    "dropout",
+    "print_freq",
+    "hw_ratio",
+    "config_file",
+    "pairs",
+    "source_dataset",
+    "per_camera",
+)
 
 
 def is_own(

@@ -370,7 +370,9 @@ def own_words(
 ) -> list[str]:  # a sentence for each line
     "The settings of your own photographs in words"
     corrected = f", corrected by {cfg.refine}" if cfg.refine else ""
-    radius = f"eps auto, chosen every epoch, k1 at most {cfg.k1}" if cfg.eps == "auto" else f"eps {cfg.eps}, k1 {cfg.k1}"
+    radius = (
+        f"eps auto, chosen every epoch, k1 at most {cfg.k1}" if cfg.eps == "auto" else f"eps {cfg.eps}, k1 {cfg.k1}"
+    )
     labels = {"dbscan": radius, "pids": "the true identities"}.get(cfg.clusterer, cfg.clusterer)
     trunk = "trunk_bn kept: the pretrained batch norm keeps its statistics, few images would spoil them"
     neck = "standardize: features are put on one scale before the first clustering"

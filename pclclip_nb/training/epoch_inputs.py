@@ -87,7 +87,9 @@ def run_features(
 ) -> Tensor:  # (N, d) or (S, d), on the CPU
     "Features of all images, by the network in evaluation mode"
     loader, n, size = images_in_order(run, source)
-    return gather_batches(extract_features(run.backbone, loader, run.cfg.feature_precision, progress), n, size, run.process)
+    return gather_batches(
+        extract_features(run.backbone, loader, run.cfg.feature_precision, progress), n, size, run.process
+    )
 
 # %% ../../nbs/training/06_epoch_inputs.ipynb #bni00002
 def standardize_start(
