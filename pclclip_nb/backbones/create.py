@@ -29,9 +29,9 @@ from .vit import VITS, ViTBackbone, fit_pos_embed
 from .weights import backbone_options, check_download, read_checkpoint, refuse_checkpoint
 from .weights import weights_file
 from ..batches.augmentation import norm_constants
-from ..core.devices import lacks_memory
 from ..clip_backbone import Backbone, ClipBackbone, check_size, clip_backbone, log_errors_only
 from ..clip_backbone import resize_pos_embed
+from ..core.devices import lacks_memory
 
 # %% ../../nbs/backbones/05_create.ipynb #cebe5af0
 def _closest(name, names):

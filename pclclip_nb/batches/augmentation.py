@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+
 from ..core.arrays import to_numpy
 
 # %% ../../nbs/batches/00_augmentation.ipynb #6a729acf

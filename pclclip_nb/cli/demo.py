@@ -15,8 +15,8 @@ import pandas as pd
 
 from .flags import Parser, add_device, chosen_device, from_package, run_command, within
 from .main import epoch_report
-from ..training.settings import TrainConfig, decoded_dir
 from ..core.images import open_rgb
+from ..training.settings import TrainConfig, decoded_dir
 
 # %% ../../nbs/cli/03_demo.ipynb #7b1235fe
 def histogram_features(

@@ -25,15 +25,15 @@ from typing import Any
 import pandas as pd
 from fastcore.docments import docments
 
-from ..core.benchmarks import SPECS
-from ..data import read_csv, read_dataset, read_folder
-from ..experiments import recipes
-from ..experiments.recipes import Recipe
-from ..training.settings import GROUPS, TrainConfig
 from .errors import error_sentence
 from .errors import memory_advice
 from .errors import memory_sentence
+from ..core.benchmarks import SPECS
+from ..data import read_csv, read_dataset, read_folder
 from ..data import source_line
+from ..experiments import recipes
+from ..experiments.recipes import Recipe
+from ..training.settings import GROUPS, TrainConfig
 
 # %% ../../nbs/cli/00_flags.ipynb #8f7c13d9
 def from_package(

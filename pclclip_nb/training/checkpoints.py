@@ -28,8 +28,8 @@ from ..backbones.batch_norm import drop_source, keep_trunk_statistics, kept_norm
 from ..backbones.weights import save_weights
 from ..core.devices import autocast_dtype, lacks_memory
 from ..core.files import digest, save_arrays, save_json, write_whole
-from ..labels.choice import kept_epoch, out_of_patience, state_numbers
 from ..core.images import check_result_folder
+from ..labels.choice import kept_epoch, out_of_patience, state_numbers
 from ..memory_loss import ClusterMemory
 from .epoch_inputs import run_features
 from .losses import HybridMemory

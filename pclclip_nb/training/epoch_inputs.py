@@ -25,10 +25,8 @@ from ..clip_backbone import extract_features
 from ..labels.camera_refinement import camera_entropy_weights
 from ..labels.health import cluster_report
 from ..memory_loss import ClusterMemory, cluster_centroids
-from .epoch_labels import label_features, pseudo_labels, search_features
-from .epoch_labels import settings_refiners, true_labels, with_radius
-from .epoch_labels import MadeLabels, check_epoch_labels, cluster_features, label_row
-from .epoch_labels import refine_labels, search_features, settings_refiners, true_labels
+from .epoch_labels import MadeLabels, check_epoch_labels, cluster_features, label_features
+from .epoch_labels import label_row, refine_labels, search_features, settings_refiners, true_labels
 from .losses import HybridMemory
 from .processes import Processes
 from .run import EpochState, Run, keep_first_weights

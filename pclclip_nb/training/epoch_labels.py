@@ -26,8 +26,6 @@ from ..core.devices import free_bytes
 from ..core.own_images import as_table
 from ..data import readable_images
 from ..labels.camera_refinement import discard_share, refine_by_camera, standardize_cameras
-from ..labels.graph_clustering import infomap_clusters, jaccard_linkage
-from ..labels.camera_refinement import discard_share, refine_by_camera
 from ..labels.graph_clustering import average_linkage, infomap_clusters, jaccard_linkage
 from ..labels.graph_correction import correct_labels
 from ..labels.health import advised, cluster_report, label_agreement, label_problems, suggest_eps

@@ -23,9 +23,9 @@ from ..batches.augmentation import backbone_device
 from ..clip_backbone import unit
 from ..core.devices import autocast_dtype
 from ..memory_loss import ClusterMemory
+from ..memory_loss import send_to
 from .losses import HybridMemory, IdentityHead
 from .processes import Processes, batch_parts
-from ..memory_loss import send_to
 
 # %% ../../nbs/training/04_steps.ipynb #842a4526
 class Losses:
