@@ -331,10 +331,8 @@ def usual_size(
             return tuple(map(int, meta["size"].split("x")))
     if cls is TimmBackbone:
         arch = name.removeprefix("timm/")
-        tag = (
-            f".{pretrained}" if isinstance(pretrained, str) and timm.is_model_pretrained(f"{arch}.{pretrained}") else ""
-        )
-        return tuple(timm.get_pretrained_cfg(arch + tag).input_size[1:])
+        tagged = f"{arch}.{pretrained}"
+        return tuple(timm.get_pretrained_cfg(tagged if timm.is_model_pretrained(tagged) else arch).input_size[1:])
     if cls in (ResNetBackbone, ViTBackbone):
         return (224, 224) if cls is ResNetBackbone else (256, 128)
     side = open_clip.get_model_config(name)["vision_cfg"]["image_size"]

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['OWN', 'OPTIONS', 'from_package', 'HelpFormatter', 'within', 'own_data_flags', 'Parser', 'chosen_device', 'add_device',
            'run_command', 'radius_or_auto', 'add_settings', 'settings', 'dataset_name', 'add_data', 'read_table',
-           'add_backbone', 'network_name', 'start_weights', 'make_backbone', 'weights_text', 'fill_own', 'run_lines']
+           'add_backbone', 'network_name', 'start_weights', 'make_backbone', 'weights_text', 'run_lines']
 
 # %% ../../nbs/cli/00_flags.ipynb #17c57aa6
 import argparse
-import json
 import math
 import os
 import re
@@ -31,7 +30,6 @@ from .errors import memory_sentence
 from ..core.benchmarks import SPECS
 from ..data import read_csv, read_dataset, read_folder
 from ..data import source_line
-from ..experiments import recipes
 from ..experiments.recipes import Recipe
 from ..training.settings import GROUPS, TrainConfig
 
@@ -381,41 +379,6 @@ def weights_text(
     if report := getattr(backbone, "report", None):
         return report.line()
     return {None: "random", True: "timm's"}.get(start, str(start)) + " weights"
-
-# %% ../../nbs/cli/00_flags.ipynb #own00022
-def _json_of(path):
-    "What a file of a run folder holds; {} if there is none"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def fill_own(
-    args: argparse.Namespace,  # of the recipe `own`, with None for what was not typed; filled
-    n_images: int,  # training images
-) -> list[str]:  # what was chosen, for the user
-    "Choose the settings and the size of images for your own photographs"
-    names = [f.name for f in fields(TrainConfig)]
-    given = {k: getattr(args, k) for k in names if getattr(args, k) is not None}
-    given |= {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
-    folder = Path(args.logs_dir if args.resume is True else Path(args.resume or "").parent)
-    begun = _json_of(folder / "config.json") if args.resume else {}
-    begun = {k: tuple(v) if isinstance(v, list) else v for k, v in begun.items() if k in names}
-    name = network_name(args)
-    cfg = TrainConfig(**begun | given) if begun else recipes.own_settings(n_images, name, **given)
-    words = [f"settings of the run in {folder}"] if begun else recipes.own_words(cfg, n_images)
-    vars(args).update({k: getattr(cfg, k) for k in names})
-    if (args.height is None) != (args.width is None):
-        raise ValueError(f"height {args.height} and width {args.width}: give both or neither")
-    if args.height is None:
-        before = _json_of(folder / "experiment.json") if begun else {}
-        usual = from_package("backbones.create").usual_size
-        size = (
-            (before["height"], before["width"])
-            if "height" in before
-            else usual(name, start_weights(name, args.pretrained))
-        )
-        args.height, args.width = size
-        words.append(f"images of {size[0]}×{size[1]}, the size that {name} knows (--height and --width change it)")
-    return words
 
 # %% ../../nbs/cli/00_flags.ipynb #a93a038b
 def run_lines(

@@ -18,9 +18,8 @@ from pathlib import Path
 import pandas as pd
 
 from .flags import Parser, add_backbone, add_data, add_settings, chosen_device, from_package
-from .flags import fill_own, make_backbone, read_table, run_command, run_lines, settings
-from .flags import within
-from .published_words import add_published, add_recipe, parse
+from .flags import make_backbone, read_table, run_command, run_lines, settings, within
+from .published_words import add_published, add_recipe, fill_own, parse
 from ..core.files import save_arrays, save_json
 from ..core.images import check_result_folder
 from ..data import read_dataset, readable_images, source_line

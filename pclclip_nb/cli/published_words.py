@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['add_recipe', 'network_family', 'implied_recipe', 'add_published', 'translate', 'recipe_flags', 'is_own', 'own_flags',
-           'parse']
+           'parse', 'fill_own']
 
 # %% ../../nbs/cli/01_published_words.ipynb #a618927a
 import argparse
+import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from .flags import OWN, from_package, own_data_flags, within
+from .flags import OWN, from_package, network_name, own_data_flags, start_weights, within
 from ..core.benchmarks import SPECS
-from ..experiments.recipes import OWN_SETTINGS, RECIPES, Recipe, find_recipe
+from ..experiments.recipes import OWN_SETTINGS, RECIPES, Recipe, find_recipe, own_settings, own_words
+from ..training.settings import TrainConfig
 
 # %% ../../nbs/cli/01_published_words.ipynb #a8f43891
 def add_recipe(
@@ -183,3 +185,35 @@ def parse(
     if args.step_size:
         args.milestones = tuple(range(args.step_size, args.epochs or OWN_SETTINGS.epochs, args.step_size))
     return args, recipe, notes
+
+# %% ../../nbs/cli/01_published_words.ipynb #own00022
+def _json_of(path):
+    "What a file of a run folder holds; {} if there is none"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def fill_own(
+    args: argparse.Namespace,  # of the recipe `own`, with None for what was not typed; filled
+    n_images: int,  # training images
+) -> list[str]:  # what was chosen, for the user
+    "Choose the settings and the size of images for your own photographs"
+    names = [f.name for f in fields(TrainConfig)]
+    given = {k: getattr(args, k) for k in names if getattr(args, k) is not None}
+    given |= {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
+    folder = Path(args.logs_dir if args.resume is True else Path(args.resume or "").parent)
+    begun = _json_of(folder / "config.json") if args.resume else {}
+    begun = {k: tuple(v) if isinstance(v, list) else v for k, v in begun.items() if k in names}
+    name = network_name(args)
+    cfg = TrainConfig(**begun | given) if begun else own_settings(n_images, name, **given)
+    words = [f"settings of the run in {folder}"] if begun else own_words(cfg, n_images)
+    vars(args).update({k: getattr(cfg, k) for k in names})
+    if (args.height is None) != (args.width is None):
+        raise ValueError(f"height {args.height} and width {args.width}: give both or neither")
+    if args.height is None:
+        before = _json_of(folder / "experiment.json") if begun else {}
+        usual = from_package("backbones.create").usual_size(name, start_weights(name, args.pretrained))
+        args.height, args.width = before.get("height", usual[0]), before.get("width", usual[1])
+        words.append(
+            f"images of {args.height}×{args.width}, the size that {name} knows (--height and --width change it)"
+        )
+    return words
