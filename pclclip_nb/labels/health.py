@@ -94,9 +94,9 @@ def label_problems(
     if s < 0.2:
         why = "few images are clearly nearer to their own cluster than to the next"
         found["unclear"] = min(1 - s, 1.0), f"mean silhouette {s:.2f}: {why}"
-    best, now = r.get("stability_best", 0), r.get("stability", 1)
+    best, now = r.get("stability_best", 0), max(r.get("stability", 1), r.get("stability_before", 1))
     if best - now > 0.15:
-        why = f"{now:.2f} with the epoch before, {best:.2f} at best"
+        why = f"at most {now:.2f} with the epoch before in two epochs, {best:.2f} at best"
         found["falling"] = best - now, f"labels agree less and less from epoch to epoch ({why})"
     return found
 

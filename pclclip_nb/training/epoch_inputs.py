@@ -26,7 +26,8 @@ from ..labels.camera_refinement import camera_entropy_weights
 from ..labels.health import cluster_report
 from ..memory_loss import ClusterMemory, cluster_centroids
 from .epoch_labels import MadeLabels, check_epoch_labels, cluster_features, label_features
-from .epoch_labels import label_row, refine_labels, search_features, settings_refiners, true_labels
+from .epoch_labels import label_row, refine_labels, search_features, settings_refiners
+from .epoch_labels import silhouette_of, true_labels
 from .losses import HybridMemory
 from .processes import Processes
 from .run import EpochState, Run, keep_first_weights
@@ -155,7 +156,7 @@ def label_images(
     made = MadeLabels(run.frozen["labels"].numpy()) if kept else cluster_images(run, number, features, progress)
     pids = run.images.pid.to_numpy()
     known = pids if (pids >= 0).all() else None
-    report = cluster_report(made.labels, run.images.camid.to_numpy(), known, made.graph)
+    report = cluster_report(made.labels, run.images.camid.to_numpy(), known) | silhouette_of(made)
     report = check_epoch_labels(made, report, run.cfg, run.history, labels_before(run, number))
     return made.labels, label_row(report, made)
 

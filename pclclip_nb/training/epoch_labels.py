@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SILHOUETTE_CUT', 'ROW_NAMES', 'settings_clusterer', 'MadeLabels', 'label_features', 'cluster_features',
-           'refined_labels', 'refine_labels', 'made_words', 'pseudo_labels', 'search_features', 'label_row',
-           'earlier_problems', 'check_epoch_labels', 'settings_refiners', 'read_camera_labels', 'true_labels',
-           'training_images']
+           'refined_labels', 'refine_labels', 'silhouette_of', 'made_words', 'pseudo_labels', 'search_features',
+           'label_row', 'earlier_problems', 'check_epoch_labels', 'settings_refiners', 'read_camera_labels',
+           'true_labels', 'training_images']
 
 # %% ../../nbs/training/02_epoch_labels.ipynb #35c3b125
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from ..labels.camera_refinement import discard_share, refine_by_camera, standard
 from ..labels.graph_clustering import average_linkage, infomap_clusters, jaccard_linkage
 from ..labels.graph_correction import correct_labels
 from ..labels.health import advised, cluster_report, label_agreement, label_problems, suggest_eps
-from ..labels.health import warn_labels
+from ..labels.health import silhouettes, warn_labels
 from ..labels.self_paced import SelfPaced
 from .settings import TrainConfig
 
@@ -55,6 +55,7 @@ class MadeLabels:
     made_by: str = ""  # a key of `pclclip_nb.labels.health.ADVICE`; '' = not by clustering, nothing to warn of
     settings: dict = field(default_factory=dict)  # that they depend on, e.g. eps, k1, min_samples
     graph: csr_array | None = None  # (N, N) Jaccard distances they were made from, if any
+    silhouette: float | None = None  # mean, of the labels before any refiner; None = there is no graph
 
 # %% ../../nbs/training/02_epoch_labels.ipynb #6ceb17c6
 def label_features(
@@ -122,11 +123,20 @@ def refine_labels(
     camids: np.ndarray,  # (N,) cameras, -1 unknown
     refiners: Sequence[Callable],  # each (features, labels, camids) -> labels, applied in order
 ) -> MadeLabels:  # the same, refined
-    "Apply refiners"
+    "Measure the silhouette, then apply refiners"
+    if made.graph is not None:
+        made.silhouette = float(silhouettes(made.graph, made.labels).mean())
     for refine in refiners:
         made.labels = refined_labels(refine, features, made.labels, camids)
     made.labels = np.asarray(made.labels, dtype=np.int64)
     return made
+
+
+def silhouette_of(
+    made: MadeLabels,  # of `refine_labels`
+) -> dict[str, float]:  # for a cluster report; empty if there is no graph
+    "The silhouette of labels before refiners"
+    return {} if made.silhouette is None else {"silhouette": made.silhouette}
 
 
 def made_words(
@@ -146,7 +156,8 @@ def pseudo_labels(
     "Cluster, refine, check. Raises ValueError when there is nothing to train on."
     features = label_features(features, camids, cfg)
     made = refine_labels(cluster_features(features, camids, cfg, clusterer), features, camids, refiners)
-    warn_labels(cluster_report(made.labels, camids, graph=made.graph), made.made_by, made_words(made))
+    report = cluster_report(made.labels, camids) | silhouette_of(made)
+    warn_labels(report, made.made_by, made_words(made))
     return made.labels
 
 # %% ../../nbs/training/02_epoch_labels.ipynb #g7new202
@@ -190,17 +201,21 @@ def label_row(
 def earlier_problems(
     history: Sequence[dict],  # rows of the epochs so far
     n: int,  # N, training images
-) -> tuple[dict[str, float], float]:  # largest degree of each problem; best stability
+) -> tuple[dict[str, float], dict[str, float]]:  # largest degree of each problem; best and last stability
     "What was warned of in earlier epochs"
     worst = {}
     best = 0.0
+    before = 1.0
     for row in history:
         if "clusters" in row:
             report = {name: row[column] for column, name in ROW_NAMES.items() if column in row}
-            for kind, (degree, _) in label_problems(report | {"n_images": n, "stability_best": best}).items():
+            for kind, (degree, _) in label_problems(
+                report | {"n_images": n, "stability_best": best, "stability_before": before}
+            ).items():
                 worst[kind] = max(degree, worst.get(kind, 0.0))
+            before = row.get("stability", 1.0)
             best = max(best, row.get("stability", 0.0))
-    return worst, best
+    return worst, {"stability_best": best, "stability_before": before}
 
 # %% ../../nbs/training/02_epoch_labels.ipynb #38b6e745
 def check_epoch_labels(
@@ -215,8 +230,8 @@ def check_epoch_labels(
         report = report | {"stability": label_agreement(made.labels, before)}
     if not made.made_by:
         return report
-    worst, best = earlier_problems(history, len(made.labels))
-    warn_labels(report | {"stability_best": best}, made.made_by, made_words(made), worst)
+    worst, agreement = earlier_problems(history, len(made.labels))
+    warn_labels(report | agreement, made.made_by, made_words(made), worst)
     per_batch = cfg.batch_size // cfg.num_instances
     if cfg.memory == "cluster" and report["n_clusters"] < per_batch:
         kind = "sparse" if report["n_outliers"] > len(made.labels) / 3 else "merged"
