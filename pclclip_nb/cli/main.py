@@ -358,11 +358,13 @@ def run_training(
             "or 'none' to cluster each camera with the same features"
         )
     check_result_folder(args.logs_dir, "run folder")
+    own = args.recipe == "own"
+    cfg = None if own else settings(args)  # wrong settings are an error before the images are read
     table = read_table(args)
-    if args.recipe == "own":
+    if own:
         for note in fill_own(args, int((table.split == "train").sum())):
             print(f"note: {note}")
-    cfg = settings(args)
+        cfg = settings(args)
     work = train_by_camera if args.per_camera else train_and_test
     work(args, recipe, cfg, table)
 
