@@ -331,7 +331,8 @@ def read_image_list(
             break
     else:
         images = f"none of its {counted(len(lines), 'image')} exists ({columns[roles['path']][0]})"
-        places = " or ".join(dict.fromkeys(map(printable, homes)))
+        named = ["the current folder" if home == Path.cwd() else printable(home) for home in homes]
+        places = " or ".join(dict.fromkeys(named))
         raise FileNotFoundError(f"{file}: {images} in {places}: correct the paths, or give root, where they start")
     if "bbox" in roles:
         rows["path"] = _boxed_paths(rows["path"], columns, roles["bbox"], where)
