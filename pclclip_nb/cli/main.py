@@ -241,10 +241,11 @@ def label_warnings() -> Iterator[list[str]]:  # a `with` block; the list grows w
     "The warnings about labels that are given inside; they are shown as always"
     heard = []
     show = warnings.showwarning
+    of_labels = from_package("labels.health").LabelWarning
 
-    def note(message, *args, **kwargs):
-        heard.extend([str(message)] if str(message).startswith("at eps") else [])
-        show(message, *args, **kwargs)
+    def note(message, category, *args, **kwargs):
+        heard.extend([str(message)] if issubclass(category, of_labels) else [])
+        show(message, category, *args, **kwargs)
 
     warnings.showwarning = note
     try:
