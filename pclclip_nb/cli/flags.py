@@ -27,6 +27,7 @@ from fastcore.docments import docments
 from .errors import error_sentence
 from .errors import memory_advice
 from .errors import memory_sentence
+from .errors import plain_warnings
 from ..core.benchmarks import SPECS
 from ..data import read_csv, read_dataset, read_folder
 from ..data import source_line
@@ -155,7 +156,7 @@ def run_command(
     try:
         process = from_package("training.processes").processes() if "LOCAL_RANK" in os.environ else None
         silent = process and process.rank > 0
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if silent else nullcontext():
+        with plain_warnings(), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if silent else nullcontext():
             if "device" in args:
                 if args.device is None and (note := from_package("core.devices").unused_card()):
                     print("note:", note)
@@ -174,8 +175,11 @@ def run_command(
 def radius_or_auto(
     text: str,  # of --eps
 ) -> float | str:  # a number, or the word auto
-    "The value of `--eps`. Raises ValueError for another word."
-    return text if text == "auto" else float(text)
+    "The value of `--eps`. Raises an error for another word."
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text} is not a number, nor auto") from e
 
 # %% ../../nbs/cli/00_flags.ipynb #32cea98f
 _SHORT = {"batch_size": ["-b"], "workers": ["-j"]}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['add_recipe', 'network_family', 'implied_recipe', 'add_published', 'translate', 'recipe_flags', 'is_own', 'own_flags',
-           'parse', 'fill_own']
+           'idle_flags', 'parse', 'fill_own']
 
 # %% ../../nbs/cli/01_published_words.ipynb #a618927a
 import argparse
@@ -157,6 +157,29 @@ def own_flags() -> dict:  # flag -> value, None = chosen when the images are kno
     names = [f.name for f in fields(OWN_SETTINGS)]
     return dict.fromkeys(["height", "width", *names]) | {"recipe": "own", "eval_step": 1}
 
+# %% ../../nbs/cli/01_published_words.ipynb #c8396f73
+_BELONGS = {  # flag -> words that it needs, any of them, in clusterer or refine
+    **dict.fromkeys(("links", "min_sim"), ("infomap", "icsr")),
+    **dict.fromkeys(("min_size",), ("infomap",)),
+    **dict.fromkeys(("n_clusters",), ("average",)),
+    **dict.fromkeys(("min_samples",), ("dbscan",)),
+    **dict.fromkeys(("glc_start", "glc_every", "glc_steps"), ("glc",)),
+    **dict.fromkeys(("icsr_variant", "icsr_decay", "camera_labels"), ("icsr",)),
+}
+
+
+def idle_flags(
+    given: dict,  # what was typed, in our words: flag -> value
+    clusterer: str,  # of the run
+    refine: str,  # of the run
+) -> list[str]:  # a note for each
+    "The flags that were typed and change nothing"
+    used = {clusterer, *refine.split(",")}
+    way = {"infomap": "--clusterer", "average": "--clusterer", "dbscan": "--clusterer"}
+    idle = {name: words for name, words in _BELONGS.items() if name in given and not used & set(words)}
+    needs = {name: " or ".join(f"{way.get(w, '--refine')} {w}" for w in words) for name, words in idle.items()}
+    return [f"--{name.replace('_', '-')} has no effect without {words}" for name, words in needs.items()]
+
 # %% ../../nbs/cli/01_published_words.ipynb #647b33be
 _UNSET = object()
 
@@ -182,6 +205,9 @@ def parse(
         row["pooling"] = "gem"
         notes.append("--pooling gem, the script's default; the published table is of --pooling avg")
     args = argparse.Namespace(**defaults | row | given)
+    if not getattr(args, "resume", False):
+        chosen = {k: getattr(args, k) for k in ("clusterer", "refine")}
+        notes += idle_flags(given, *(getattr(OWN_SETTINGS, k) if v is None else v for k, v in chosen.items()))
     if args.step_size:
         args.milestones = tuple(range(args.step_size, args.epochs or OWN_SETTINGS.epochs, args.step_size))
     return args, recipe, notes

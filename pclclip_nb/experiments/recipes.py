@@ -379,12 +379,14 @@ def own_words(
         f"eps auto, chosen every epoch, k1 at most {cfg.k1}" if cfg.eps == "auto" else f"eps {cfg.eps}, k1 {cfg.k1}"
     )
     labels = {"dbscan": radius, "pids": "the true identities"}.get(cfg.clusterer, cfg.clusterer)
-    camera = "camera_norm: the effect of each camera is taken out of the features before clustering"
-    trunk = "trunk_bn kept: the pretrained batch norm keeps its statistics, few images would spoil them"
-    neck = "standardize: features are put on one scale before the first clustering"
+    camera = "camera_norm: the effect of each camera, where cameras are known, is taken out before clustering"
+    trunk = "trunk_bn kept: batch norm of the pretrained trunk, if it has any, keeps its statistics"
+    neck = "standardize: features are put on one scale before anything else"
     start = [camera] * cfg.camera_norm + [trunk] * (cfg.trunk_bn == "kept") + [neck] * cfg.standardize
+    head = "settings for your own photographs (flags override them, --recipe none leaves them out):"
+    if not cfg.epochs:
+        return [head, "epochs 0: nothing is clustered or trained, the network is only measured", *start]
     batch = f"{cfg.batch_size // cfg.num_instances} × {cfg.num_instances} images"
-    steps = f"{cfg.iters or 'one pass of'} steps of {batch}, {cfg.epochs} epochs, for {n_images} training images"
+    steps = f"epochs: {cfg.epochs}, each with {cfg.iters or 'one pass of'} steps of {batch}"
     rate = f"{cfg.optimizer} with lr {cfg.lr:g}: gentle, so that the pre-training is not lost"
-    return ["settings for your own photographs (flags override them, --recipe none leaves them out):",
-            f"labels: {labels}{corrected}", *start, f"{steps}; {rate}"]  # fmt: skip
+    return [head, f"labels: {labels}{corrected}", *start, f"{steps}, for {n_images} training images; {rate}"]

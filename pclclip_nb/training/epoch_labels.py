@@ -230,16 +230,16 @@ def check_epoch_labels(
         report = report | {"stability": label_agreement(made.labels, before)}
     if not made.made_by:
         return report
-    worst, agreement = earlier_problems(history, len(made.labels))
-    warn_labels(report | agreement, made.made_by, made_words(made), worst)
     per_batch = cfg.batch_size // cfg.num_instances
-    if cfg.memory == "cluster" and report["n_clusters"] < per_batch:
+    if cfg.memory == "cluster" and 0 < report["n_clusters"] < per_batch:
         kind = "sparse" if report["n_outliers"] > len(made.labels) / 3 else "merged"
         problem = f"{made_words(made)} there are {report['n_clusters']} clusters ({report['n_outliers']} of "
         problem += f"{len(made.labels)} images are outliers), but a batch of {cfg.batch_size} takes {per_batch}"
         ways = advised({kind: (1.0, problem.strip())}, made.made_by)[0]
         smallest = report["n_clusters"] * cfg.num_instances
         raise ValueError(f"{ways}; if there are no more identities, lower batch_size to {smallest}")
+    worst, agreement = earlier_problems(history, len(made.labels))
+    warn_labels(report | agreement, made.made_by, made_words(made), worst)
     return report
 
 # %% ../../nbs/training/02_epoch_labels.ipynb #6fa79233
