@@ -71,7 +71,9 @@ def train_cameras(
     resume: bool = False,  # go on with what the folder holds
     progress: bool = True,  # show bars
 ) -> pd.DataFrame:  # a row per camera: camid, images, clusters, epoch, silhouette; those too small have no clusters
-    "ICSR's first stage. Raises ValueError when no camera is known, or none has enough images."
+    "ICSR's first stage. Raises ValueError when no camera is known, none has enough images, or there is no epoch."
+    if cfg.epochs == 0:
+        raise ValueError("epochs = 0 must be at least 1: the clusters of a camera are those of its epochs")
     images = training_images(table, cfg.skip_bad)
     run_dir = Path(run_dir)
     cameras, counts = np.unique(images.camid[images.camid >= 0], return_counts=True)
