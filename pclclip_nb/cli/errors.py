@@ -11,10 +11,11 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 from ..core.devices import lacks_memory
-from ..training.settings import free_fields
+from ..training.settings import TrainConfig, free_fields
 
 # %% ../../nbs/cli/05_errors.ipynb #e94f51ac
 _ASKED = re.compile(r"(?:[Tt]ried|Unable) to allocate ([\d.]+ (?:[KMGTP]iB|bytes))|size (\d+ bytes)")
@@ -96,6 +97,9 @@ def memory_advice(
     "What to change where memory was not enough"
     given = vars(args)
     trains = "accumulate" in given
+    nothing = "end other programs, or use a machine with more"
+    if trains and None in (given.get(f.name, 0) for f in fields(TrainConfig)):
+        return nothing  # the images are still being listed: `own` chooses its settings by their number
     ways = {}
     if trains and not args.grad_checkpoint and re.search("ViT|vit_(small|base)$|pclclip-tiny", args.model):
         ways["grad_checkpoint"] = "--grad-checkpoint (slower)"
@@ -110,7 +114,7 @@ def memory_advice(
         ways["batch_size"] = f"-b {half}{' (another result)' if trains else ''}"
     if not trains and given.get("device", "cpu") != "cpu":
         ways["device"] = "--device cpu"
-    said = f"try {', or '.join(ways.values())}" if ways else "end other programs, or use a machine with more"
+    said = f"try {', or '.join(ways.values())}" if ways else nothing
     if not trains or not [*Path(args.logs_dir).glob("last.pt"), *Path(args.logs_dir).glob("camera_*/last.pt")]:
         return said
     free = " and ".join(["--resume", *(f"--{k.replace('_', '-')}" for k in ways if k in free_fields())])

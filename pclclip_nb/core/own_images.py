@@ -35,9 +35,7 @@ def _subfolders(folder):
 
 def split_home(
     top: Path,  # folder that was given
-) -> tuple[
-    Path, dict[str, str | None]
-]:  # the folder of the splits, or `top`; its split folders, empty if there are none
+) -> tuple[Path, dict[str, str | None]]:  # the folder of the splits, or `top`; its split folders, if any
     "Where the split folders are. Raises `ValueError` if several folders hold splits."
     level = [top]
     for depth in range(4):
@@ -105,14 +103,17 @@ def folder_ids(
         levels = {"who": levels["camera"]}
     if ids == "folder" and not levels:
         raise ValueError(f"ids folder, but the images are in no folders ({below[0]}): put each individual's in one")
+    cameras = {"camid": dense_ids(levels["camera"])} if "camera" in levels else {}
+    named = not levels["camera"].dropna().str.fullmatch(r"[cC]\W?_?\d+").any() if cameras else True  # c1 is unclear
     if "who" not in levels:
-        return {}, ""
+        unclear = not named and cameras["camid"].nunique() > 1
+        return cameras if named else {}, "the folders could be cameras, pattern '(?P<camid>\\d+)/' reads them" * unclear
     who = levels["who"]
     if ids == "auto" and not clearly_identities(who, splits):
         could = who.nunique() > 1 and not who.dropna().str.fullmatch(_DATE).all()
-        return {}, f"the {who.nunique()} folders could be individuals, ids folder reads them" if could else ""
-    found = {"pid": dense_ids(who)}
-    return found | ({"camid": dense_ids(levels["camera"])} if "camera" in levels else {}), ""
+        hint = f"the {who.nunique()} folders could be individuals, ids folder reads them"
+        return cameras if named else {}, hint if could else ""
+    return {"pid": dense_ids(who)} | cameras, ""
 
 # %% ../../nbs/core/12_own_images.ipynb #dcdbdc3c
 def counted(
@@ -171,6 +172,7 @@ def read_image_folder(
     table = image_table([rows.assign(**{"pid": -1, "camid": -1, **placed, **named})])
     where = {c: "pattern" if c in named else "folders" if c in placed else "" for c in ("pid", "camid")}
     of = "" if home == top else printable(home)
+    hint = "" if "camid" in named and "cameras" in hint else hint
     table.attrs["source"] = {"of": of, "from": where, "hint": hint, "unused": unused}
     return table
 

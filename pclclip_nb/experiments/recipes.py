@@ -358,7 +358,7 @@ def own_settings(
     chosen = dict(batch_size=size, num_instances=k, iters=steps)
     if re.search("vit|eva|siglip|dino", network.lower()):
         chosen |= dict(lr=OWN_VIT_RATE)
-    if given.get("clusterer") == "pids" or given.get("epochs") == 0:
+    if given.get("clusterer") == "pids":
         chosen |= dict(refine="", camera_norm=False)  # no labels to make
     if given.get("self_paced"):
         chosen |= dict(eps=TrainConfig().eps)  # it compares given radii
