@@ -9,12 +9,14 @@ __all__ = ['recipes_parser', 'recipes_main', 'test_parser', 'run_test', 'test_ma
 
 # %% ../../nbs/cli/02_main.ipynb #7be34fb3
 import argparse
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from .flags import Parser, add_backbone, add_data, add_settings, chosen_device, from_package
@@ -185,27 +187,37 @@ def final_report(
 def what_to_try(
     history: pd.DataFrame,  # a row per epoch
     cfg: TrainConfig,  # settings of the run
-    n_images: int,  # training images
+    camids: np.ndarray,  # (N,) cameras of the training images, -1 = unknown
 ) -> list[str]:  # flags, and why; the first first
     "Changes of the settings that may help a run that did not help"
     last = history[history.epoch > 0].iloc[-1]
+    kind = cfg.clusterer
     tips = []
-    if cfg.clusterer == "dbscan" and cfg.eps != "auto":
+    if kind != "pids" and not cfg.camera_norm and len(np.unique(camids[camids >= 0])) > 1:
+        tips.append("--camera-norm (it helped most in measured runs; not if each camera sees other identities)")
+    if kind == "dbscan" and cfg.eps != "auto" and not cfg.self_paced:
         tips.append("--eps auto (it chooses the radius in every epoch)")
-    elif cfg.clusterer == "dbscan" and last.outliers > n_images / 2:
-        higher = min(0.95, round(last.eps + 0.1, 2))
-        tips.append(f"--eps {higher:g} ({last.outliers / n_images:.0%} of the images were outliers at {last.eps:g})")
-    if cfg.clusterer == "dbscan" and cfg.k1 > 10:
+    elif kind in ("dbscan", "infomap"):
+        flag, now, way = ("--min-sim", cfg.min_sim, -1) if kind == "infomap" else ("--eps", cfg.eps, 1)
+        now = history.eps.dropna().iloc[-1] if now == "auto" else now
+        more, fewer = (f"{flag} {np.clip(round(now + step * way, 2), 0.05, 0.95):g}" for step in (-0.1, 0.1))
+        found = f"({last.clusters:g} clusters and {last.outliers:g} outliers at {now:g})"
+        both = f"{more} if there are more identities than clusters, else {fewer} {found}"
+        tips.append(f"{fewer} {found}" if last.outliers > len(camids) / 2 else both)
+    if kind == "average":
+        tips.append(f"--n-clusters near the number of identities (now {cfg.n_clusters})")
+    if kind == "dbscan" and cfg.k1 > 10:
         tips.append("--k1 10 (better for identities of about 20 images or fewer)")
-    if cfg.clusterer != "pids" and "glc" not in cfg.refiners:
-        tips.append("--refine glc (it corrects the labels)")
-    return [*tips, f"--lr {cfg.lr / 5:g} (gentler steps)"]
+    if kind != "pids" and "glc" not in cfg.refiners:
+        tips.append(f"--refine {','.join([*cfg.refiners, 'glc'])} (it corrects the labels)")
+    network = "-a and --pretrained (a network that knows such images better helps more than settings)"
+    return [*tips, network, f"--lr {cfg.lr / 5:g} (gentler steps)"]
 
 # %% ../../nbs/cli/02_main.ipynb #clos0009
 def closing_words(
     history: pd.DataFrame,  # a row per epoch, the start's first if it was tested or measured
     cfg: TrainConfig,  # settings of the run
-    n_images: int,  # training images
+    camids: np.ndarray,  # (N,) cameras of the training images, -1 = unknown
     warned: Sequence[str] = (),  # warnings about the labels, in order
 ) -> str:  # a paragraph
     "Whether a run helped, how sure that is, which epoch was kept, and what to try"
@@ -227,11 +239,12 @@ def closing_words(
     else:
         sentences.append(f"{name.capitalize()} was kept in best.safetensors.")
     if helped and kept == trained.iloc[-1]:
-        sentences.append("The last epoch is the best one, so more may help: --resume with a higher --epochs.")
+        again = "a new --logs-dir" if cfg.schedule == "cosine" else "--resume"
+        sentences.append(f"The last epoch is the best one, so more may help: {again} with a higher --epochs.")
     if not helped and warned:
         sentences.append(f"The last warning about the labels was: {warned[-1]}.")
     if not helped:
-        tips = "; ".join(what_to_try(history, cfg, n_images)[:3])
+        tips = "; ".join(what_to_try(history, cfg, camids)[:3])
         sentences.append(f"To try next, one at a time, in a new --logs-dir: {tips}.")
     return " ".join(sentences)
 
@@ -243,7 +256,7 @@ def label_warnings() -> Iterator[list[str]]:  # a `with` block; the list grows w
     show = warnings.showwarning
 
     def note(message, *args, **kwargs):
-        heard.extend([str(message)] if str(message).startswith("at eps") else [])
+        heard.extend([str(message)] if re.match(r"at \w+ = ", str(message)) else [])
         show(message, *args, **kwargs)
 
     warnings.showwarning = note
@@ -340,7 +353,7 @@ def train_and_test(
         print(f"ended after epoch {history.epoch.iloc[-1]}: --patience {cfg.patience} epochs without a better state")
     if tested and "mAP" in history:  # a finished run that is resumed may never have been tested
         print(final_report(history))
-    print(closing_words(history, cfg, (table.split == "train").sum(), warned))
+    print(closing_words(history, cfg, table.camid[table.split == "train"].to_numpy(), warned))
     print(weights_words(history, cfg, run_dir))
 
 # %% ../../nbs/cli/02_main.ipynb #2f711878
@@ -360,6 +373,8 @@ def run_training(
     check_result_folder(args.logs_dir, "run folder")
     table = read_table(args)
     if args.recipe == "own":
+        if args.per_camera:  # see `camera_settings`
+            args.clusterer, args.refine = "average", ""
         for note in fill_own(args, int((table.split == "train").sum())):
             print(f"note: {note}")
     cfg = settings(args)
