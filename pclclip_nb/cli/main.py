@@ -41,7 +41,7 @@ def recipes_main(
 
     def show(args):
         table = recipe_table().reset_index().set_index("recipe")
-        table = table[[all(f"-{word}" in f"-{name}" for word in args.words) for name in table.index]]
+        table = table[[all(f"-{word.lower()}" in f"-{name}" for word in args.words) for name in table.index]]
         if table.empty:
             raise ValueError(f"no recipe has {' and '.join(args.words)} in its name: pclclip_recipes lists all")
         print(table.to_string(max_colwidth=40))
@@ -225,7 +225,12 @@ def closing_words(
     if cfg.best == "auto":
         sentences.append(choice.choice_words(choice.measured_states(history)))
     else:
-        sentences.append(f"{name.capitalize()} was kept in best.safetensors.")
+        unknown = (
+            ""
+            if "mAP" in history
+            else " It was not compared with the start, so it is not known whether the run helped."
+        )
+        sentences.append(f"{name.capitalize()} was kept in best.safetensors.{unknown}")
     if helped and kept == trained.iloc[-1]:
         sentences.append("The last epoch is the best one, so more may help: --resume with a higher --epochs.")
     if not helped and warned:
@@ -338,7 +343,7 @@ def train_and_test(
         draw_track(history, recipe, run_dir)
     if history.epoch.iloc[-1] < cfg.epochs:
         print(f"ended after epoch {history.epoch.iloc[-1]}: --patience {cfg.patience} epochs without a better state")
-    if tested and "mAP" in history:  # a finished run that is resumed may never have been tested
+    if cfg.epochs and tested and "mAP" in history:  # a finished run that is resumed may never have been tested
         print(final_report(history))
     print(closing_words(history, cfg, (table.split == "train").sum(), warned))
     print(weights_words(history, cfg, run_dir))
