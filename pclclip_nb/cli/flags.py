@@ -201,7 +201,7 @@ def add_settings(
             if f.name == "use_cams":
                 add("--no-cam", dest=f.name, action="store_false", help=f"do not {text}")
             elif f.name == "best":
-                text = "what picks best.safetensors: the test, no labels at all, or nothing; without it mAP if there is a test, else auto"
+                text = "what picks best.safetensors: the test, no labels at all, or nothing; without it auto for your own photographs and where there is no test, else mAP"
                 add(flag, choices=("mAP", "auto", "last"), default="", help=text)
             elif f.name in ("standardize", "camera_norm"):  # on for your own photographs
                 add(flag, action=argparse.BooleanOptionalAction, default=False, help=text)
