@@ -84,6 +84,8 @@ def closing_words(
         sentences.append(choice.choice_words(choice.measured_states(history)))
     else:
         sentences.append(f"{name.capitalize()} was kept in best.safetensors.")
+        if "mAP" not in history:
+            sentences.append("It was not compared with the start, so it is not known whether the run helped.")
     if helped and kept == trained.iloc[-1]:
         again = "a new --logs-dir" if cfg.schedule == "cosine" else "--resume"
         sentences.append(f"The last epoch is the best one, so more may help: {again} with a higher --epochs.")

@@ -45,7 +45,7 @@ def recipes_main(
 
     def show(args):
         table = recipe_table().reset_index().set_index("recipe")
-        table = table[[all(f"-{word}" in f"-{name}" for word in args.words) for name in table.index]]
+        table = table[[all(f"-{word.lower()}" in f"-{name}" for word in args.words) for name in table.index]]
         if table.empty:
             raise ValueError(f"no recipe has {' and '.join(args.words)} in its name: pclclip_recipes lists all")
         print(table.to_string(max_colwidth=40))
@@ -236,7 +236,7 @@ def train_and_test(
         draw_track(history, recipe, run_dir)
     if history.epoch.iloc[-1] < cfg.epochs:
         print(f"ended after epoch {history.epoch.iloc[-1]}: --patience {cfg.patience} epochs without a better state")
-    if tested and "mAP" in history:  # a finished run that is resumed may never have been tested
+    if cfg.epochs and tested and "mAP" in history:  # a finished run that is resumed may never have been tested
         print(final_report(history))
     print(closing_words(history, cfg, table.camid[table.split == "train"].to_numpy(), warned))
     print(weights_words(history, cfg, run_dir))
