@@ -295,8 +295,10 @@ def standardize_necks(
     backbone: nn.Module,  # its necks change
     sums: Tensor,  # (3, d) from `neck_sums`, of all processes together
 ) -> nn.Module:  # the same backbone
-    "Give the necks mean and variance of the images, in place of the statistics that they have"
+    "Give the necks mean and variance of the images, in place of what they have. Raises ValueError for a single image."
     n, total, squares = sums
+    if n.max() < 2:
+        raise ValueError(f"{int(n.max())} image has no variance: standardize needs more images, or switch it off")
     mean = total / n
     var = ((squares - n * mean.square()) / (n - 1)).clamp(min=0)
     necks = neck_norms(backbone)
