@@ -221,8 +221,13 @@ def train_and_test(
     backbone = make_backbone(args, recipe)
     print(run_lines(args, cfg, backbone, table))
     table = readable_images(table if tested else table[table.split == "train"], cfg.skip_bad)
-    if tested and (sentence := testing.unmatched_queries(table, args.dataset)):
-        print(sentence)
+    if tested:
+        try:
+            sentence = testing.unmatched_queries(table, args.dataset)
+        except ValueError as err:
+            raise ValueError(f"{err}; --eval-step 0 trains without a test") from None
+        if sentence:
+            print(sentence)
     main = from_package("training.processes").processes().rank == 0
     if main:
         run_dir.mkdir(parents=True, exist_ok=True)

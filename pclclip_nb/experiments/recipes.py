@@ -388,5 +388,6 @@ def own_words(
         return [head, "epochs 0: nothing is clustered or trained, the network is only measured", *start]
     batch = f"{cfg.batch_size // cfg.num_instances} × {cfg.num_instances} images"
     steps = f"epochs: {cfg.epochs}, each with {cfg.iters or 'one pass of'} steps of {batch}"
-    rate = f"{cfg.optimizer} with lr {cfg.lr:g}: gentle, so that the pre-training is not lost"
+    gentle = ": gentle, so that the pre-training is not lost" * (cfg.lr <= OWN_SETTINGS.lr)
+    rate = f"{cfg.optimizer} with lr {cfg.lr:g}{gentle}"
     return [head, f"labels: {labels}{corrected}", *start, f"{steps}, for {n_images} training images; {rate}"]

@@ -230,7 +230,8 @@ class Suggestion:
 def _k1_values(k1, k2, n):
     "The values of k1 to try: a fifth to all of the k1 given, from k2 to n - 1"
     if min(k1, n - 1) < k2:
-        raise ValueError(f"k1 = {k1} with {n} images leaves no k1 from k2 = {k2} to {n - 1}: lower k2, or raise k1")
+        way = "take more images, or lower k2" if n - 1 < k2 else "lower k2, or raise k1"
+        raise ValueError(f"k1 = {k1} with {n} images leaves no k1 from k2 = {k2} to {n - 1}: {way}")
     return sorted({max(k2, round(min(k1, n - 1) * f)) for f in (1 / 5, 1 / 3, 1 / 2, 2 / 3, 1)})
 
 # %% ../../nbs/labels/05_health.ipynb #97d185db
