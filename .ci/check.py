@@ -45,7 +45,7 @@ STORY = ["00_data", "01_clip_backbone", "02_clustering", "03_memory_loss", "04_t
 MAX_PAGES, MAX_MODULE = 77, 400  # pages in all, lines of a module
 MAX_CELLS, MAX_SOURCE = 60, 400  # of a page of the story
 SLOW = (  # pages that take longest, started first; the others follow by size of the file
-    "experiments/04_survival cli/03_demo cli/02_main experiments/05_gpu backbones/05_create tutorials/01_script inference/02_export "
+    "experiments/04_survival cli/03_demo cli/02_main experiments/05_gpu backbones/05_create tutorials/01_script inference/02_export tutorials/00_own_photos "
     "synthetic/01_people labels/04_graph_correction cli/04_tools labels/00_graph_clustering labels/07_sharded "
     "results/04_runs synthetic/02_tiny_clip tutorials/02_contributing"
 ).split()

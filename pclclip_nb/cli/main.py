@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .closing import chosen_best, closing_words, final_report, label_warnings
+from .closing import naming_best, weights_words
 from .flags import Parser, add_backbone, add_data, add_settings, chosen_device, from_package
 from .flags import make_backbone, read_table, run_command, run_lines, settings, within
 from .published_words import add_published, add_recipe, fill_own, parse
@@ -24,11 +26,6 @@ from ..core.images import check_result_folder
 from ..data import read_dataset, readable_images, source_line
 from ..experiments.recipes import Recipe, recipe_table
 from ..training.settings import TrainConfig, decoded_dir
-from .closing import chosen_best
-from .closing import closing_words
-from .closing import final_report
-from .closing import label_warnings
-from .closing import weights_words
 
 # %% ../../nbs/cli/02_main.ipynb #be996858
 def recipes_parser() -> Parser:  # its flags
@@ -235,7 +232,7 @@ def train_and_test(
     report = epoch_report(table if tested else None, args.eval_step, cfg, recipe, run_dir)
     train = from_package("train").train
     both = dict(on_epoch=report, on_start=report if tested else None)
-    with label_warnings() as warned:
+    with label_warnings() as warned, naming_best(run_dir):
         history = train(backbone, table, run_dir, cfg, **both, resume=args.resume, source=source)
     if main and recipe and recipe.log:
         draw_track(history, recipe, run_dir)

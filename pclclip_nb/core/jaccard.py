@@ -9,7 +9,7 @@ __all__ = ['EPS_SLACK', 'check_jaccard_settings', 'check_neighbour_counts', 'job
            'label_components']
 
 # %% ../../nbs/core/06_jaccard.ipynb #5e47273a
-from numbers import Real
+from numbers import Integral
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -35,7 +35,7 @@ def check_jaccard_settings(
     if not np.size(eps):
         raise ValueError("eps is empty: give at least one radius in (0, 1]")
     for name, value in counts.items():
-        if not isinstance(value, Real) or value < 1 or value % 1:
+        if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} = {value!r} must be a whole number of at least 1")
 
 # %% ../../nbs/core/06_jaccard.ipynb #a8438b8b

@@ -157,7 +157,7 @@ def choice_words(
     what = "neighbours from other cameras" if cameras else "silhouette of the clusters"
     right, chosen = MEASURED[cameras, best > 0]
     if best:
-        first = f"Epoch {states.index[best]} is kept: its features are better than the start's ({what}: {rise})."
+        first = f"By numbers without labels epoch {states.index[best]} is the best and is kept ({what}: {rise} to the start)."
         second = f"This was right in {right} of {chosen} measured runs that left the start."
     else:
         first = (

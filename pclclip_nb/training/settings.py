@@ -15,8 +15,8 @@ from typing import Any
 
 # %% ../../nbs/training/00_settings.ipynb #80f3f5d5
 _LEAST = dict.fromkeys("seed iters min_size eps_gap bias_lr warmup_epochs keep_features milestones".split(), 0)
-_LEAST |= {"restart_milestones": 0, "warmup_from": 0, "accumulate": 1}
-_MOST = {"seed": 2**32 - 1, "warmup_from": 1}
+_LEAST |= {"restart_milestones": 0, "warmup_from": 0, "accumulate": 1, "eps": 0}
+_MOST = {"seed": 2**32 - 1, "warmup_from": 1, "eps": 1}
 
 
 class SettingsGroup:
