@@ -110,11 +110,20 @@ def clean_and_in_sync(copy):
     return bad
 
 
+def is_debris(output):
+    "Whether a stored output is a warning or a progress bar"
+    bar = "application/vnd.jupyter.widget-view+json" in output.get("data", {}) and "it/s]" in output.data.get("text/plain", "")
+    return bar or output.get("name") == "stderr"
+
+
 def as_saved(page):
-    "Text of a notebook as JupyterLab writes it"
+    "Text of a notebook as JupyterLab writes it, without stored warnings and progress bars"
     import nbformat
 
-    return nbformat.writes(nbformat.read(page, as_version=4)) + "\n"
+    notebook = nbformat.read(page, as_version=4)
+    for cell in notebook.cells:
+        if "outputs" in cell: cell.outputs = [o for o in cell.outputs if not is_debris(o)]
+    return nbformat.writes(notebook) + "\n"
 
 
 def normal_form():
