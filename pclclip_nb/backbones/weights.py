@@ -221,7 +221,7 @@ def refuse_checkpoint(
     content: dict,  # what `read_checkpoint` returns
     path: Path | None = None,  # the file that it was read from
 ) -> None:
-    "Raises ValueError for the checkpoint of a run of ours; it names the file of weights beside it"
+    "Raises ValueError for the checkpoint of a run of ours; it names the file of weights in the same folder"
     if content.get("format") in (1, 2) and "backbone" in content:
         file = "last.safetensors of the run folder" if path is None else path.with_name("last.safetensors")
         raise ValueError(f"{path or 'this'} is the checkpoint of a run, which only resumes it: take {file}")

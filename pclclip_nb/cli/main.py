@@ -59,14 +59,8 @@ def test_parser() -> Parser:  # its flags
     weights = "weights of a run, its folder (best.safetensors, else last.safetensors), or a published checkpoint"
     add("--resume", required=True, metavar="FILE", help=weights)
     add("-b", "--batch-size", type=within(int, 1), default=256, metavar="N", help="images at a time")
-    add(
-        "-j",
-        "--workers",
-        type=within(int, 0),
-        default=0,
-        metavar="N",
-        help="threads that read images, 0 = one per core",
-    )
+    threads = "threads that read images, 0 = one per core"
+    add("-j", "--workers", type=within(int, 0), default=0, metavar="N", help=threads)
     add("--skip-bad", action="store_true", help="leave unreadable images out instead of stopping")
     add("--logs-dir", metavar="DIR", help="folder for scores.json, cmc.png and strips.png; without it none are written")
     add = parser.add_argument_group("Re-ranking").add_argument

@@ -66,14 +66,8 @@ def extract_parser() -> Parser:  # its flags
     listed = "leave unreadable images out, listed in skipped.csv, instead of refusing"
     add("--skip-bad", action="store_true", help=listed)
     add("-b", "--batch-size", type=within(int, 1), default=64, metavar="N", help="images at a time")
-    add(
-        "-j",
-        "--workers",
-        type=within(int, 0),
-        default=0,
-        metavar="N",
-        help="threads that read images, 0 = one per core",
-    )
+    threads = "threads that read images, 0 = one per core"
+    add("-j", "--workers", type=within(int, 0), default=0, metavar="N", help=threads)
     precision = "of the network: fp32 is exact; bf16, fp16 or auto (what the device is fast at) are faster and round"
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="fp32", help=precision)
     add("--chunk", type=within(int, 1), default=1024, metavar="N", help="images in a part: what a kill can cost")
@@ -129,14 +123,8 @@ def search_parser() -> Parser:  # its flags
     add("--ids", choices=("auto", "folder", "none"), default="auto", help="queries in folders: as of pclclip_extract")
     add("--out", default="found", type=without_suffix, metavar="OUT", help="writes OUT.csv and OUT.html")
     add("--skip-bad", action="store_true", help="leave unreadable queries out instead of refusing")
-    add(
-        "-j",
-        "--workers",
-        type=within(int, 0),
-        default=0,
-        metavar="N",
-        help="threads that read images, 0 = one per core",
-    )
+    threads = "threads that read images, 0 = one per core"
+    add("-j", "--workers", type=within(int, 0), default=0, metavar="N", help=threads)
     add_device(parser, "cpu")
     return parser
 

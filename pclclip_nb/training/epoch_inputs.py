@@ -102,7 +102,7 @@ def standardize_start(
     if run.cfg.standardize:
         sums = neck_sums(run.backbone, images_in_order(run)[0], run.cfg.feature_precision)
         standardize_necks(run.backbone, run.process.gather(sums).view(run.process.n, *sums.shape).sum(0))
-        keep_first_weights(run, anew=True)
+        keep_first_weights(run, overwrite=True)
 
 # %% ../../nbs/training/06_epoch_inputs.ipynb #49229372
 def epoch_features(

@@ -198,11 +198,11 @@ def epoch_random_state(
 # %% ../../nbs/training/05_run.ipynb #14f6a725
 def keep_first_weights(
     run: Run,  # writes `start.pt` in its folder
-    anew: bool = False,  # also where the file exists
+    overwrite: bool = False,  # also where the file exists
 ) -> None:
     "Write the first weights, if the run will restart from them"
     path = run.folder / "start.pt"
-    if run.cfg.restart_epoch and not run.history and (anew or not path.exists()):
+    if run.cfg.restart_epoch and not run.history and (overwrite or not path.exists()):
         run.process.from_main(lambda: write_whole(path, lambda p: torch.save(run.backbone.state_dict(), p)))
 
 # %% ../../nbs/training/05_run.ipynb #c4be4085
